@@ -1,0 +1,38 @@
+# make demo   ask the embedded model about a picture
+# make test   linters, types, import contracts and tests
+# Both set up .venv themselves.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Where PyTorch offers builds without CUDA (gigabytes smaller); out of reach, pip takes its usual one.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test clean
+
+demo: .venv/.runtime
+	$(BIN)/mcv-run --image models/tiny/demo.png --prompt "What is written here?"
+
+test: .venv/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mcv needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+.venv/.runtime: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+.venv/.dev: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --retries 1 --timeout 30 --extra-index-url $(TORCH_INDEX) "torch>=2.13,<2.14"
+	$(BIN)/pip install --quiet -e ".[dev]"
+	# Without its needs: it asks for a torchvision that may not fit the torch above, for picture transforms that no test uses.
+	$(BIN)/pip install --quiet --no-deps "timm==1.0.22"
+	touch $@ .venv/.runtime
