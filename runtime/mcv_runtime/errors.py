@@ -1,0 +1,46 @@
+"""Every error that mcv raises on purpose.
+
+    McvError
+    |-- BundleError           (FileNotFoundError)  a bundle, or a file of it, is missing
+    |-- BundleCorruptError    (ValueError)         a bundle file is truncated, altered or unreadable
+    |-- CheckpointError       (ValueError)         a published checkpoint cannot be used
+    |-- OutputError           (OSError)            a result cannot be written
+    |-- ImageError            (ValueError)         a picture cannot be used
+    |-- PromptError           (ValueError)         a prompt cannot be used
+    `-- OptionError           (ValueError)         an option has a value that makes no sense
+
+Each is also the builtin that a host application would catch anyway. A message is one line that says
+what is wrong and, where there is something to do, what to do next.
+"""
+
+
+class McvError(Exception):
+    """Base of all errors that mcv raises on purpose."""
+
+
+class BundleError(McvError, FileNotFoundError):
+    """A bundle, or one of its files, is not there."""
+
+
+class BundleCorruptError(McvError, ValueError):
+    """A bundle's file does not hold what its manifest says."""
+
+
+class CheckpointError(McvError, ValueError):
+    """A checkpoint is missing, incomplete, or of no known family."""
+
+
+class OutputError(McvError, OSError):
+    """A result cannot be written."""
+
+
+class ImageError(McvError, ValueError):
+    """A picture cannot be read, or is beyond a limit."""
+
+
+class PromptError(McvError, ValueError):
+    """A prompt is empty, malformed, or longer than the context."""
+
+
+class OptionError(McvError, ValueError):
+    """An option has a value that makes no sense."""
