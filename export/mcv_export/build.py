@@ -1,0 +1,258 @@
+"""From a checkpoint to a bundle, all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+from mcv_export import config as cfg
+from mcv_export.checkpoint import Checkpoint, open_checkpoint
+from mcv_export.families import recognise
+from mcv_export.plan import GraphPlan, ModelPlan
+from mcv_export.precision import BITS, DEFAULT, ROLES, Precision
+from mcv_export.text_graphs import write_text_graphs
+from mcv_export.trace import trace
+from mcv_export.weights import layout, point, resolve, write_weights
+from mcv_graphs.layers import WeightFormat
+from mcv_runtime.errors import CheckpointError, OptionError, OutputError
+from mcv_runtime.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """What to build. `precision` is for all three graphs, or for each by name; graphs not named get the default."""
+
+    precision: Precision | Mapping[GraphName, Precision] = field(default_factory=dict)
+    block_size: int = 32
+    force: bool = False
+    """Replace an output folder that exists."""
+    text_graphs: bool = False
+    """Also make the tokenizer's graphs, for hosts without Python."""
+
+    def weights(self, graph: GraphName) -> tuple[Precision, WeightFormat]:
+        role = ROLES.get(graph, graph)
+        by_name = {} if isinstance(self.precision, str) else self.precision
+        chosen = self.precision if isinstance(self.precision, str) else by_name.get(graph, by_name.get(role, DEFAULT[role]))
+        if chosen not in BITS:
+            raise OptionError(f"precision {chosen!r} is none of {', '.join(BITS)}")
+        return chosen, WeightFormat(bits=BITS[chosen], block_size=self.block_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltGraph:
+    """What one graph came to."""
+
+    name: GraphName
+    precision: Precision
+    size: int
+    """Bytes, graph and weights together."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildResult:
+    """What a build made."""
+
+    folder: Path
+    manifest: Manifest
+    graphs: tuple[BuiltGraph, ...]
+    seconds: float
+    notice: str | None
+    """What a user should know before using the bundle."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file of weights, and where each begins."""
+
+    path: Path
+    offsets: Mapping[str, int]
+
+
+Progress = Callable[[GraphName, int, int], None]
+"""Called with a graph's name, its parameters done, and its parameters in all."""
+
+
+def build(
+    checkpoint_folder: Path,
+    out: Path,
+    options: BuildOptions = BuildOptions(),
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    progress: Progress = lambda graph, done, total: None,
+) -> BuildResult:
+    """Build the bundle `out` from a checkpoint folder.
+
+    Everything is written to a sibling folder that takes the name `out` at the end: a build that fails or is interrupted leaves
+    nothing behind. Raises `CheckpointError`, `OptionError` or `OutputError`.
+    """
+    started = time.perf_counter()
+    if out.exists() and not options.force:
+        raise OutputError(f"{out} exists; choose another folder, or replace it with --force")
+    for name in DEFAULT:
+        options.weights(name)
+    checkpoint = open_checkpoint(checkpoint_folder)
+    family = recognise(checkpoint.config)
+    plan = family.plan(checkpoint)
+    _reject_unknown_tensors(plan, checkpoint, family.title)
+    with _all_or_nothing(out) as folder:
+        _copy_texts(checkpoint, folder, plan.chat_template)
+        if options.text_graphs:
+            write_text_graphs((folder / plan.text.tokenizer).read_text(encoding="utf-8"), folder)
+        (folder / "onnx").mkdir()
+        specs: dict[GraphName, GraphSpec] = {}
+        built = []
+        formats: dict[GraphName, WeightFormat] = {}
+        data: dict[GraphName, DataFile] = {}
+        for graph in plan.graphs:
+            precision, formats[graph.name] = options.weights(graph.shares or graph.name)
+            began = time.perf_counter()
+            path = folder / "onnx" / f"{graph.name}{'' if precision == 'fp32' else f'_{precision}'}.onnx"
+            if graph.shares:
+                _build_shared(graph, formats[graph.name], data[graph.shares], path)
+                size = path.stat().st_size
+            else:
+                data[graph.name] = _build_graph(graph, formats[graph.name], checkpoint, path, progress)
+                size = path.stat().st_size + data[graph.name].path.stat().st_size
+            built.append(BuiltGraph(name=graph.name, precision=precision, size=size, seconds=time.perf_counter() - began))
+            specs[graph.name] = GraphSpec(
+                file=f"onnx/{path.name}", precision=precision, inputs=graph.io.all_inputs, outputs=graph.io.all_outputs
+            )
+        manifest = Manifest(
+            family=family.name,
+            model=model or checkpoint_folder.resolve().name,
+            revision=revision,
+            graphs=specs,
+            cache=plan.graphs[-1].io.cache,
+            image=plan.image,
+            placeholder=plan.placeholder,
+            text=plan.text,
+            generation=plan.generation,
+            hidden_size=plan.hidden_size,
+            video=plan.video,
+            quantization={name: asdict(weights) for name, weights in formats.items() if weights.quantized},
+            tools={name: importlib.metadata.version(name) for name in _tools(options)},
+            files={
+                path.relative_to(folder).as_posix(): _describe(path) for path in sorted(folder.rglob("*")) if path.is_file()
+            },
+        )
+        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    seconds = time.perf_counter() - started
+    return BuildResult(folder=out, manifest=manifest, graphs=tuple(built), seconds=seconds, notice=plan.notice)
+
+
+def _tools(options: BuildOptions) -> list[str]:
+    """Distributions whose versions matter to what is built."""
+    tools = ["minicpmv-onnx", "torch", "onnx-ir", "onnxscript"]
+    return [*tools, "onnxruntime-extensions"] if options.text_graphs else tools
+
+
+def _build_graph(graph: GraphPlan, weights: WeightFormat, checkpoint: Checkpoint, path: Path, progress: Progress) -> DataFile:
+    """Write a graph to `path` and its weights beside it."""
+    model, module = trace(graph, weights)
+    sources = resolve(graph, module, checkpoint)
+    total = sum(rows * columns for rows, columns in (source.shape for source in sources.values()))
+    done = 0
+
+    def advance(parameters: int) -> None:
+        nonlocal done
+        done += parameters
+        progress(graph.name, done, total)
+
+    progress(graph.name, 0, total)
+    needed, free = layout(model, module, graph.tied)[1], shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OutputError(f"no space left for {path.name}: it needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
+    file = path.with_name(f"{path.name}.data")
+    offsets = write_weights(file, model, module, sources, graph, advance)
+    ir.save(model, path)
+    return DataFile(file, offsets)
+
+
+def _build_shared(graph: GraphPlan, weights: WeightFormat, data: DataFile, path: Path) -> None:
+    """Write a graph to `path` that reads its weights from another graph's file."""
+    model, module = trace(graph, weights)
+    needed = layout(model, module, graph.tied)[0].keys()
+    assert needed <= data.offsets.keys(), f"{graph.name} has weights that {graph.shares} has not"
+    point(model, data.path, {name: data.offsets[name] for name in needed})
+    ir.save(model, path)
+
+
+def _reject_unknown_tensors(plan: ModelPlan, checkpoint: Checkpoint, title: str) -> None:
+    used = {part.tensor for graph in plan.graphs for parts in graph.weights.values() for part in parts}
+    used |= {name for graph in plan.graphs for name in graph.used}
+    unknown = [name for name in checkpoint.tensors if name not in used and not name.startswith(plan.ignored)]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise CheckpointError(
+            f"the checkpoint has the tensor {unknown[0]}{more}, which {title} has not; it is another model than it says"
+        )
+
+
+def _copy_texts(checkpoint: Checkpoint, folder: Path, template: str | None) -> None:
+    """Tokenizer and configs as the checkpoint has them, and the chat template."""
+    for name in ("tokenizer.json", "preprocessor_config.json", "generation_config.json"):
+        if (checkpoint.folder / name).exists():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+    # newline="": a template is data, its line ends stay as they are
+    with (folder / "chat_template.jinja").open("w", encoding="utf-8", newline="") as file:
+        file.write(template or cfg.chat_template(checkpoint))
+
+
+def _describe(path: Path) -> FileSpec:
+    with path.open("rb") as stream:
+        return FileSpec(size=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+@contextmanager
+def _all_or_nothing(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when the block succeeds, and vanishes when it does not."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror}") from None
+    try:
+        partial.chmod(0o777 & ~_umask())
+        yield partial
+        if out.exists():
+            _replace(out, partial)
+        else:
+            partial.rename(out)
+    except OSError as error:
+        if isinstance(error, OutputError | CheckpointError) or error.errno is None:
+            raise
+        what = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise OutputError(f"{out} cannot be written: {what}; nothing was kept") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(out: Path, new: Path) -> None:
+    """Put `new` in the place of `out`; the old one goes only when the new one is there."""
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

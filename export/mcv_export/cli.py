@@ -1,0 +1,205 @@
+"""`mcv-export`: build, inspect and verify bundles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mcv_export.memory import peak_rss_mb
+from mcv_export.precision import Precision
+from mcv_runtime import terminal
+from mcv_runtime.bundle import Bundle
+from mcv_runtime.errors import CheckpointError
+from mcv_runtime.manifest import GraphName, Manifest
+
+if TYPE_CHECKING:
+    from mcv_export.build import BuildResult
+
+# torch takes seconds to import: the commands that need it import it themselves.
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Turn a published MiniCPM-V checkpoint into a bundle that mcv-run answers with.",
+)
+
+Model = Annotated[str, typer.Argument(help="Checkpoint: a folder, or a hub id such as openbmb/MiniCPM-V-2_6.")]
+BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Override = Annotated[Precision | None, typer.Option(show_default=False, help="Precision of this graph.")]
+
+
+@app.command("build")
+def build_command(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Bundle folder to make.")],
+    precision: Annotated[
+        Precision | None,
+        typer.Option(
+            help="Weights of all graphs: fp32, or 8- or 4-bit blocks. Default: decoder q4, vision and resampler q8.",
+            show_default=False,
+        ),
+    ] = None,
+    vision: Override = None,
+    resampler: Annotated[
+        Precision | None, typer.Option("--resampler", "--merger", show_default=False, help="Precision of this graph.")
+    ] = None,
+    decoder: Override = None,
+    block_size: Annotated[
+        int, typer.Option(help="Weights that share a scale; 128 decodes about 1.3 times faster than 32, 32 is more accurate.")
+    ] = 32,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept (default: the hub's own cache).")] = None,
+    text_graphs: Annotated[
+        bool, typer.Option("--text-graphs", help="Add tokenizer.onnx and detokenizer.onnx, for hosts without Python.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build a bundle. Needs little memory: weights are streamed and quantized a few rows at a time."""
+    from mcv_export.build import BuildOptions, build
+    from mcv_export.hub import locate
+
+    overrides: dict[GraphName, Precision | None] = {
+        "vision_encoder": vision,
+        "resampler": resampler,
+        "decoder_with_past": decoder,
+    }
+    chosen: dict[GraphName, Precision] = {name: value for name, value in overrides.items() if value}
+    if precision:
+        chosen = {name: chosen.get(name, precision) for name in overrides}
+    options = BuildOptions(precision=chosen, block_size=block_size, force=force, text_graphs=text_graphs)
+    with _progress() as progress:
+        folder = locate(model, revision=revision, cache_dir=cache_dir)
+        hub_id = None if folder == Path(model).expanduser() else model  # a path says where a checkpoint lay, not what it is
+        result = build(folder, out, options, model=hub_id, revision=revision, progress=progress)
+    if result.notice:
+        typer.echo(f"mcv-export: note: {result.notice}", err=True)
+    if as_json:
+        graphs = [asdict(graph) for graph in result.graphs]
+        typer.echo(
+            json.dumps(
+                {"bundle": str(out), "graphs": graphs, "seconds": result.seconds, "peak_rss_mb": peak_rss_mb()}, indent=2
+            )
+        )
+    else:
+        _print_result(result)
+
+
+@app.command()
+def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
+    """Print what a bundle is: model, graphs, precisions, sizes, inputs and outputs."""
+    manifest = Bundle.open(bundle).manifest
+    if as_json:
+        typer.echo(manifest.to_json(), nl=False)
+        return
+    origin = f"{manifest.model} @ {manifest.revision}" if manifest.revision else manifest.model
+    total = sum(file.size for file in manifest.files.values())
+    typer.echo(f"{origin} ({manifest.family}), {_megabytes(total)} in {len(manifest.files)} files")
+    typer.echo(f"made with {', '.join(f'{name} {version}' for name, version in manifest.tools.items())}")
+    image, text, generation = manifest.image, manifest.text, manifest.generation
+    typer.echo(f"images: slices of about {image.scale_resolution} px, at most {image.max_slice_nums}; {_tokens(manifest)}")
+    typer.echo(
+        f"text: vocabulary {text.vocab_size}, context {text.context_length}, repetition penalty {generation.repetition_penalty}"
+    )
+    for name, graph in manifest.graphs.items():
+        size = sum(file.size for path, file in manifest.files.items() if path.startswith(graph.file))
+        typer.echo(f"\n{name}: {graph.file}, {graph.precision}, {_megabytes(size)}")
+        cached = {n for entry in manifest.cache for n in (entry.input, entry.output)} if name == "decoder_with_past" else set()
+        for direction, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
+            for key, spec in tensors.items():
+                if key not in cached:
+                    typer.echo(f"  {direction} {key}: {spec.dtype} [{', '.join(map(str, spec.shape))}]")
+        if cached:
+            entry = manifest.cache[0]
+            typer.echo(f"  and {len(manifest.cache)} cache tensors such as {entry.input}: {entry.dtype} {list(entry.shape)}")
+
+
+@app.command()
+def verify(
+    bundle: BundleFolder,
+    model: Annotated[
+        str | None, typer.Option(help="The checkpoint (folder or hub id): compare answers with its modules in torch.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every file's sha256 and, given the checkpoint, compare the graphs with torch on a sample picture."""
+    opened = Bundle.open(bundle)
+    checked = sum(1 for _ in opened.verify())
+    if model is None:
+        typer.echo(json.dumps({"files": checked}) if as_json else f"{checked} files are as built")
+        return
+    from mcv_export.hub import locate
+    from mcv_export.verify import compare
+
+    report = compare(opened, locate(model, revision=revision, cache_dir=cache_dir))
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2))
+    else:
+        typer.echo(f"{checked} files are as built")
+        for item in report.differences:
+            typer.echo(f"{item.tensor} ({item.precision}): {item.describe()}")
+        typer.echo(f"greedy tokens: {report.tokens_equal} of {report.tokens} equal")
+    if not report.passed:
+        raise CheckpointError(
+            f"{report.worst.tensor} is off: {report.worst.describe()}, {report.tokens_equal} of {report.tokens} tokens equal; "
+            "build the bundle again"
+        )
+
+
+def main() -> None:
+    """Entry point of `mcv-export`."""
+    terminal.run(app, "mcv-export", interrupted="interrupted; nothing was kept")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[GraphName, int, int], None]]:
+    """A bar per graph on stderr."""
+    columns = TextColumn("{task.description:<18}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[GraphName, TaskID] = {}
+
+        def show(graph: GraphName, done: int, total: int) -> None:
+            if graph not in tasks:
+                tasks[graph] = bars.add_task(graph, total=total)
+            bars.update(tasks[graph], completed=done)
+
+        yield show
+
+
+def _print_result(result: BuildResult) -> None:
+    table = Table("graph", "precision", "file", "size", "time", box=None)
+    for built in result.graphs:
+        file = result.manifest.graphs[built.name].file
+        table.add_row(built.name, built.precision, file, _megabytes(built.size), f"{built.seconds:.1f} s")
+    total = sum(file.size for file in result.manifest.files.values())
+    table.add_row("all", "", str(result.folder), _megabytes(total), f"{result.seconds:.1f} s")
+    Console().print(table)
+    typer.echo(
+        f"peak memory {peak_rss_mb():.0f} MB\n"
+        f"ask it something: mcv-run -m {result.folder} --image photo.jpg --prompt 'What is this?'"
+    )
+
+
+def _tokens(manifest: Manifest) -> str:
+    """How many visual tokens a slice makes."""
+    if manifest.placeholder.tokens_per_slice is not None:
+        return f"{manifest.placeholder.tokens_per_slice} tokens a slice"
+    modes = (f"{mode}: one token for {spec.merge**2} patches" for mode, spec in manifest.image.downsample.items())
+    return f"{', '.join(modes)}, by default {manifest.image.downsample_mode}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"

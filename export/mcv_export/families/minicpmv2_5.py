@@ -1,0 +1,58 @@
+"""MiniCPM-Llama3-V 2.5: SigLIP navit tower over one strip of patches, resampler with 96 queries, Llama 3 decoder.
+
+Checkpoint layout and behaviour: https://huggingface.co/openbmb/MiniCPM-Llama3-V-2_5. Its vision code numbers a slice's patches
+as one row as long as the longest slice of the request, and lets the padding of shorter slices take part in attention. The
+weights were trained with that, so it is reproduced: a picture's features depend a little on the pictures beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mcv_export import config as cfg
+from mcv_export.checkpoint import Checkpoint
+from mcv_export.families import _resampler_generation as parts
+from mcv_export.plan import Description, Family, ModelPlan
+from mcv_runtime.manifest import PlaceholderSpec, TextSpec
+
+
+def _recognises(config: Mapping[str, Any]) -> bool:
+    return config.get("architectures") == ["MiniCPMV"] and str(config.get("version")) == "2.5"
+
+
+def _plan(checkpoint: Checkpoint) -> ModelPlan:
+    config = checkpoint.config
+    tower = parts.tower_config(config)
+    resampler = parts.resampler_config(config, tower.hidden_size)
+    decoder = parts.decoder_config(config)
+    return ModelPlan(
+        graphs=(parts.vision_encoder(tower), parts.resampler(resampler), parts.decoder(decoder)),
+        hidden_size=decoder.hidden_size,
+        image=parts.image_spec(checkpoint, tower, positions="strip"),
+        placeholder=PlaceholderSpec(strategy="bracketed_slices", token="<unk>", tokens_per_slice=resampler.num_queries),
+        text=TextSpec(
+            vocab_size=decoder.vocab_size,
+            context_length=decoder.context_length,
+            dropped_ids=(0,),
+            template_variables=cfg.template_variables(checkpoint),
+        ),
+        generation=cfg.generation(
+            checkpoint, stop_tokens=("<|end_of_text|>", "<|eot_id|>"), repetition_penalty=1.05, max_new_tokens=1024
+        ),
+    )
+
+
+FAMILY = Family(
+    name="minicpmv2_5",
+    title="MiniCPM-Llama3-V 2.5",
+    recognises=_recognises,
+    plan=_plan,
+    description=Description(
+        sizes="8B",
+        config="`MiniCPMV`, `version` 2.5",
+        vision="SigLIP so400m/14, slices of any shape",
+        compression="resampler, 96 queries",
+        language_model="Llama 3 8B",
+    ),
+)

@@ -1,0 +1,68 @@
+"""`optimum-cli export mcv`: the build of `mcv-export build` under the names that optimum gives its options."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+if TYPE_CHECKING:
+    from mcv_export.precision import Precision
+
+# Every start of optimum-cli imports this module: what the build needs is imported by the build.
+
+NAME = "optimum-cli export mcv"
+TASK = "image-text-to-text"
+FORMATS: dict[str, Precision] = {"fp32": "fp32", "int8": "q8", "int4": "q4"}
+
+
+class ExportMcv(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum states no types
+    """The command, as optimum registers it."""
+
+    COMMAND = CommandInfo(name="mcv", help="Export MiniCPM-V to ONNX, as a bundle that mcv-run answers with.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        needed = parser.add_argument_group("Required arguments")
+        needed.add_argument("-m", "--model", required=True, help="Folder or hub id of the checkpoint.")
+        needed.add_argument("output", type=Path, help="Bundle folder to make.")
+        more = parser.add_argument_group("Optional arguments")
+        more.add_argument("--task", choices=("auto", TASK), default="auto", help=f"Always {TASK}.")
+        more.add_argument("--revision", help="Branch, tag or commit on the hub.")
+        more.add_argument("--cache_dir", type=Path, help="Where downloads are kept (default: the hub's own cache).")
+        more.add_argument(
+            "--trust-remote-code", action="store_true", help="Accepted and ignored: a checkpoint's code is never run."
+        )
+        more.add_argument(
+            "--weight-format", choices=FORMATS, help="Weights of all graphs. Default: decoder int4, vision and resampler int8."
+        )
+        for graph in ("vision", "resampler", "decoder"):
+            more.add_argument(f"--{graph}", choices=FORMATS, help="Weights of this graph.")
+        more.add_argument("--group-size", type=int, default=32, help="Weights that share a scale (default: %(default)s).")
+        more.add_argument("--text-graphs", action="store_true", help="Add tokenizer.onnx and detokenizer.onnx.")
+        more.add_argument("--force", action="store_true", help="Replace the output folder if it exists.")
+
+    def run(self) -> None:
+        from mcv_runtime import terminal
+
+        terminal.finish(self._build, NAME, interrupted="interrupted; nothing was kept")
+
+    def _build(self) -> None:
+        from mcv_export.cli import build_command
+
+        args = self.args
+        build_command(
+            args.model,
+            args.output,
+            precision=FORMATS.get(args.weight_format),
+            vision=FORMATS.get(args.vision),
+            resampler=FORMATS.get(args.resampler),
+            decoder=FORMATS.get(args.decoder),
+            block_size=args.group_size,
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+            text_graphs=args.text_graphs,
+            force=args.force,
+        )

@@ -1,0 +1,220 @@
+"""Compare a bundle's graphs with the modules they were traced from, on a sample picture and question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import nn
+
+from mcv_export.checkpoint import Checkpoint, open_checkpoint
+from mcv_export.eager import eager_module
+from mcv_export.families import recognise
+from mcv_export.plan import GraphPlan
+from mcv_runtime.bundle import Bundle
+from mcv_runtime.decoding import Decoder
+from mcv_runtime.engine import load
+from mcv_runtime.errors import CheckpointError
+from mcv_runtime.manifest import GraphName
+from mcv_runtime.prompts import Prompt
+from mcv_runtime.sessions import Session, cpu_session, session_options
+
+Array: TypeAlias = NDArray[Any]
+Feed: TypeAlias = Mapping[str, Array]
+
+STEPS = 8
+"""Tokens that both sides decode."""
+_QUESTION = "What is in the picture?"
+_ABSOLUTE = {"vision_hidden": 1e-4, "vision_embeds": 1e-4, "logits": 2e-3}
+_RELATIVE = {"q8": 0.05, "q4": 0.5}
+"""Far above what a sound quantization costs, far below what a wrong weight does."""
+_RELATIVE_LOGITS = {"q8": 0.25, "q4": 1.0}
+"""A decoder of random weights amplifies rounding: 0.13 and 0.82 were seen; unrelated logits are 1.4 apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How far a graph's output is from the module's, both given the module's inputs."""
+
+    graph: GraphName
+    tensor: str
+    precision: str
+    largest: float
+    """Largest absolute difference."""
+    relative: float
+    """Root mean square of the difference over that of the output."""
+    tolerance: float
+    """What `largest` (fp32) or `relative` (quantized) may be."""
+
+    @property
+    def excess(self) -> float:
+        """Above 1 if the tolerance is broken."""
+        return (self.largest if self.precision == "fp32" else self.relative) / self.tolerance
+
+    def describe(self) -> str:
+        return f"largest difference {self.largest:.2g}, relative error {self.relative:.2g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All differences, and the greedy tokens that agree before the first that does not."""
+
+    differences: tuple[Difference, ...]
+    tokens: int
+    tokens_equal: int
+
+    @property
+    def worst(self) -> Difference:
+        return max(self.differences, key=lambda item: item.excess)
+
+    @property
+    def passed(self) -> bool:
+        fp32 = all(item.precision == "fp32" for item in self.differences)
+        return self.worst.excess <= 1 and (self.tokens_equal == self.tokens or not fp32)
+
+
+def compare(bundle: Bundle, checkpoint_folder: Path) -> Report:
+    """Run both on a picture that is cut into slices; raises `CheckpointError` if the bundle is of another model."""
+    checkpoint = open_checkpoint(checkpoint_folder)
+    family = recognise(checkpoint.config)
+    plan = family.plan(checkpoint)
+    specs = bundle.manifest.graphs
+    if family.name != bundle.manifest.family or any(graph.io.all_inputs != specs[graph.name].inputs for graph in plan.graphs):
+        raise CheckpointError(
+            f"{bundle.folder} was built from {bundle.manifest.model}, not from {checkpoint_folder}: their shapes differ"
+        )
+    recorded, embeds, prompt = _run(bundle)
+    *encoders, decoder = plan.graphs
+    with torch.inference_mode():
+        differences = [
+            _difference(
+                bundle, graph, _eager(graph, checkpoint, [call.inputs for call in calls]), [call.output for call in calls]
+            )
+            for graph in encoders
+            for calls in [recorded[graph.name].calls]
+        ]
+        wanted, expected = _decode_eager(eager_module(decoder, checkpoint), decoder, prompt, embeds)
+    tokens, logits = _decode_bundled(bundle, prompt, embeds)
+    differences.append(_difference(bundle, decoder, [expected], [logits]))
+    equal = next((n for n, (a, b) in enumerate(zip(wanted, tokens, strict=True)) if a != b), STEPS)
+    return Report(differences=tuple(differences), tokens=STEPS, tokens_equal=equal)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a graph was given and what it made of it."""
+
+    inputs: Feed
+    output: Array
+
+
+class Recorder:
+    """A session that remembers its calls."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.calls: list[Call] = []
+
+    def run(self, output_names: list[str] | None, input_feed: dict[str, Any]) -> Any:
+        result = self._session.run(output_names, input_feed)
+        self.calls.append(Call(input_feed, result[0]))
+        return result
+
+    def io_binding(self) -> Any:
+        return self._session.io_binding()
+
+    def run_with_iobinding(self, iobinding: Any) -> None:
+        self._session.run_with_iobinding(iobinding)
+
+
+def _run(bundle: Bundle) -> tuple[dict[GraphName, Recorder], Array, Prompt]:
+    """The calls of each graph on a sample picture, in every downsample mode; its visual tokens in the default one; a prompt."""
+    opened: dict[Path, Recorder] = {}
+
+    def open_recorded(path: Path, options: ort.SessionOptions) -> Recorder:
+        return opened.setdefault(path, Recorder(cpu_session(path, options)))
+
+    engine = load(bundle.folder, session_factory=open_recorded)
+    image = bundle.manifest.image
+    sample = sample_picture(image.scale_resolution)
+    picture = engine.encode_image(sample)
+    for mode in image.downsample.keys() - {image.downsample_mode}:
+        engine.encode_image(sample, downsample_mode=mode, max_slice_nums=1)
+    prompt = engine.prompt([{"role": "user", "content": [picture, _QUESTION]}])
+    return {name: opened[bundle.graph(name)] for name in bundle.manifest.graphs}, picture.embeds, prompt
+
+
+def sample_picture(side: int) -> Image.Image:
+    """A picture of three by two slices with gradients, edges and text."""
+    across, down = np.meshgrid(np.linspace(0, 255, 3 * side), np.linspace(0, 255, 2 * side))
+    picture = Image.fromarray(np.stack([across, down, 255 - across], axis=-1).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((side // 4, side // 4, side, side), fill="white", outline="black", width=3)
+    draw.text((side // 2, side // 2), "MCV 123", fill="black")
+    return picture
+
+
+def _eager(plan: GraphPlan, checkpoint: Checkpoint, feeds: Sequence[Feed]) -> list[Array]:
+    module = eager_module(plan, checkpoint)
+    return [module(*(torch.from_numpy(inputs[name]) for name in plan.io.inputs)).numpy() for inputs in feeds]
+
+
+def _decode_eager(module: nn.Module, plan: GraphPlan, prompt: Prompt, embeds: Array) -> tuple[list[int], Array]:
+    """Greedy tokens, and the logits that follow the prompt."""
+    past = [torch.zeros([1 if n == "batch" else 0 if isinstance(n, str) else n for n in e.shape]) for e in plan.io.cache]
+    positions = np.arange(len(prompt.ids)) if prompt.positions is None else prompt.positions
+    following = int(positions.max()) + 1
+    values = {
+        "input_ids": prompt.ids[None],
+        "vision_embeds": embeds,
+        "vision_positions": prompt.visual_positions,
+        "position_ids": positions[..., None, :],
+        "seqlens_k": np.zeros(1, np.int32),  # the torch body reads lengths from the cache itself
+        "total_sequence_length": np.zeros(1, np.int32),
+    }
+    tokens: list[int] = []
+    first = None
+    while len(tokens) < STEPS:
+        values["logit_positions"] = np.array([values["input_ids"].shape[1] - 1])
+        logits, past = module(*(torch.from_numpy(values[name]) for name in plan.io.inputs), past)
+        first = logits if first is None else first
+        tokens.append(int(logits.argmax()))
+        values |= {"input_ids": np.array([tokens[-1:]]), "vision_embeds": embeds[:0]}
+        values["vision_positions"] = prompt.visual_positions[:0]
+        values["position_ids"] = np.full((*positions.shape[:-1], 1, 1), following + len(tokens) - 1)
+    assert first is not None
+    return tokens, first.numpy()
+
+
+def _decode_bundled(bundle: Bundle, prompt: Prompt, embeds: Array) -> tuple[list[int], Array]:
+    decoder = Decoder(cpu_session(bundle.graph("decoder_with_past"), session_options()), bundle.manifest)
+    cache = decoder.new_cache(len(prompt.ids) + STEPS)
+    first = logits = decoder.prefill(cache, prompt.ids, embeds, prompt.visual_positions, positions=prompt.positions)
+    tokens = [int(logits.argmax())]
+    while len(tokens) < STEPS:
+        logits = decoder.step(cache, tokens[-1])
+        tokens.append(int(logits.argmax()))
+    return tokens, first[None]
+
+
+def _difference(bundle: Bundle, plan: GraphPlan, expected: Sequence[Array], found: Sequence[Array]) -> Difference:
+    (tensor,) = plan.io.outputs
+    precision = bundle.manifest.graphs[plan.name].precision
+    want, got = (np.concatenate([a.ravel() for a in arrays]).astype(np.float64) for arrays in (expected, found))
+    scale = float(np.sqrt(np.mean(want**2)))
+    relative = _RELATIVE_LOGITS if tensor == "logits" else _RELATIVE
+    return Difference(
+        graph=plan.name,
+        tensor=tensor,
+        precision=precision,
+        largest=float(np.abs(want - got).max()),
+        relative=float(np.sqrt(np.mean((want - got) ** 2))) / scale,
+        tolerance=relative[precision] if precision in relative else _ABSOLUTE[tensor] * max(scale, 1.0),
+    )
