@@ -1,0 +1,49 @@
+"""A checkpoint folder that a test may damage."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+Edit = Callable[[dict[str, torch.Tensor]], None]
+
+
+@pytest.fixture
+def checkpoint(golden_root: Path, tmp_path: Path) -> Path:
+    """A copy of the 2.6 golden checkpoint."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(golden_root / "minicpmv2_6" / "checkpoint", folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def edit_tensors(checkpoint: Path) -> Callable[[Edit], Path]:
+    """Change the copy's tensors in place."""
+
+    def edit(change: Edit) -> Path:
+        tensors = load_file(checkpoint / "model.safetensors")
+        change(tensors)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, checkpoint / "model.safetensors")
+        return checkpoint
+
+    return edit
+
+
+@pytest.fixture
+def edit_config(checkpoint: Path) -> Callable[[Callable[[dict[str, Any]], Any]], Path]:
+    """Change the copy's config.json in place."""
+
+    def edit(change: Callable[[dict[str, Any]], Any]) -> Path:
+        path = checkpoint / "config.json"
+        config = json.loads(path.read_text())
+        change(config)
+        path.write_text(json.dumps(config))
+        return checkpoint
+
+    return edit

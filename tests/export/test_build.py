@@ -1,0 +1,159 @@
+"""Building: what a bundle holds, and that its graphs are the checkpoint's."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mcv_export import cli
+from mcv_export.build import BuildOptions, build
+from mcv_runtime import load
+from mcv_runtime.bundle import Bundle
+from mcv_runtime.errors import BundleError, CheckpointError
+
+
+@pytest.fixture(scope="module")
+def source(golden_root: Path) -> Path:
+    return golden_root / "minicpmv2_6" / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def bundles(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The golden checkpoint in each precision."""
+    folder = tmp_path_factory.mktemp("bundles")
+    for precision in ("fp32", "q8", "q4"):
+        build(source, folder / precision, BuildOptions(precision=precision))  # type: ignore[arg-type]
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["mcv-export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        return int(exit_info.value.code or 0), capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("precision", ["fp32", "q8", "q4"])
+def test_parity_with_the_eager_modules(
+    precision: str, bundles: dict[str, Path], source: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    code, printed = run("verify", bundles[precision], "--model", source, "--json")
+    report = json.loads(printed)
+    assert code == 0
+    largest = {item["tensor"]: item["largest"] for item in report["differences"]}
+    assert list(largest) == ["vision_hidden", "vision_embeds", "logits"]
+    if precision == "fp32":
+        assert largest["vision_hidden"] < 1e-4
+        assert largest["vision_embeds"] < 1e-4
+        assert largest["logits"] < 2e-3
+        assert report["tokens_equal"] == report["tokens"]
+    else:
+        assert min(largest.values()) > 1e-3, "a quantized graph cannot be this close: is it quantized?"
+
+
+def test_verify_notices_other_weights(
+    bundles: dict[str, Path], edit_tensors: Callable[..., Path], run: Callable[..., tuple[int, str]]
+) -> None:
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["resampler.query"] = tensors["resampler.query"].flip(0)
+
+    code, printed = run("verify", bundles["fp32"], "--model", edit_tensors(swap))
+    assert code == 2
+    assert "vision_embeds (fp32): largest difference" in printed
+
+
+def test_verify_notices_an_altered_file(bundles: dict[str, Path], tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
+    folder = tmp_path / "altered"
+    shutil.copytree(bundles["q8"], folder)
+    data = folder / "onnx" / "decoder_with_past_q8.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    assert run("verify", folder)[0] == 2
+    assert run("verify", bundles["q8"]) == (0, "10 files are as built\n")
+
+
+def test_files(bundles: dict[str, Path]) -> None:
+    names = {path.relative_to(bundles["q4"]).as_posix() for path in bundles["q4"].rglob("*") if path.is_file()}
+    graphs = {f"onnx/{name}_q4.onnx" for name in ("vision_encoder", "resampler", "decoder_with_past")}
+    texts = {"tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "generation_config.json"}
+    assert names == {"mcv.json", *texts, *graphs, *(f"{name}.data" for name in graphs)}
+    assert set(Bundle.open(bundles["q4"]).manifest.files) == names - {"mcv.json"}
+
+
+def test_two_builds_are_equal(bundles: dict[str, Path], source: Path, tmp_path: Path) -> None:
+    again = build(source, tmp_path / "again", BuildOptions(precision="q4")).manifest
+    assert again.files == Bundle.open(bundles["q4"]).manifest.files
+
+
+def test_graphs_hold_no_second_copy_of_a_weight(bundles: dict[str, Path]) -> None:
+    """Every tensor of any size is external: nothing was folded into the graph."""
+    for path in bundles["fp32"].glob("onnx/*.onnx"):
+        model = ir.load(path)
+        inline = [v.const_value for v in model.graph.initializers.values() if not isinstance(v.const_value, ir.ExternalTensor)]
+        assert sum(tensor.nbytes for tensor in inline if tensor is not None) < 1000
+        assert not {"Transpose", "Identity"} & {node.op_type for node in model.graph}
+
+
+def test_overrides_and_default(source: Path, tmp_path: Path) -> None:
+    manifest = build(source, tmp_path / "mixed", BuildOptions(precision={"resampler": "fp32"})).manifest
+    precisions = {name: graph.precision for name, graph in manifest.graphs.items()}
+    assert precisions == {"vision_encoder": "q8", "resampler": "fp32", "decoder_with_past": "q4"}
+
+
+def test_force_replaces_and_keeps_the_old_on_failure(source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir()
+    (out / "precious").touch()
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        build(checkpoint, out, BuildOptions(force=True))
+    assert (out / "precious").exists()
+    build(source, out, BuildOptions(force=True))
+    assert not (out / "precious").exists()
+    assert Bundle.open(out)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_shards_and_bin_files_give_the_same_bundle(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({name: value.bfloat16() for name, value in tensors.items()}, checkpoint / "pytorch_model.bin")
+    names = sorted(tensors)
+    expected = Bundle.open(bundles["q8"]).manifest.files
+    assert build(checkpoint, tmp_path / "from-bin", BuildOptions(precision="q8")).manifest.files == expected
+    (checkpoint / "pytorch_model.bin").unlink()
+    files = {"a.safetensors": names[::3], "b.safetensors": names[1::3], "c.safetensors": names[2::3]}
+    for file, keys in files.items():
+        save_file({key: tensors[key] for key in keys}, checkpoint / file)
+    index = {"weight_map": {key: file for file, keys in files.items() for key in keys}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert build(checkpoint, tmp_path / "from-shards", BuildOptions(precision="q8")).manifest.files == expected
+
+
+def test_build_and_inspect_print_what_was_made(source: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
+    out = tmp_path / "bundle"
+    code, printed = run("build", source, out, "--precision", "q4", "--decoder", "q8")
+    assert code == 0
+    for word in ("vision_encoder", "decoder_with_past_q8.onnx", "MB", "peak memory"):
+        assert word in printed
+    code, printed = run("inspect", out)
+    assert code == 0
+    assert "in  pixel_values: float32 [slices, patches, 588]" in printed
+    assert "4 cache tensors such as past_key_values.0.key" in printed
+    assert json.loads(run("inspect", out, "--json")[1])["graphs"]["resampler"]["precision"] == "q4"
+
+
+def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="mcv-export build"):
+        load(tmp_path)

@@ -1,0 +1,106 @@
+"""Block quantization: the error it makes, and that ONNX Runtime reads the blocks as we wrote them."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from mcv_export.plan import GraphPlan
+from mcv_export.quantize import quantize_rows
+from mcv_export.trace import trace
+from mcv_graphs.contract import GraphIO
+from mcv_graphs.layers import Embedding, Linear, WeightFormat
+from mcv_graphs.ops import dequantize
+from mcv_runtime.manifest import TensorSpec
+from mcv_runtime.sessions import cpu_session, session_options
+
+FORMATS = [WeightFormat(bits=bits, block_size=size) for bits in (4, 8) for size in (16, 32, 64, 128)]
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    rows = np.random.default_rng(0).normal(size=(24, 256)).astype(np.float32)
+    rows[3] = 0  # a block without any value
+    rows[4] = np.abs(rows[4]) + 1  # one-sided
+    rows[5, 7] = 100  # an outlier
+    return rows
+
+
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+def test_error_is_at_most_half_a_step(weights: WeightFormat, rows: np.ndarray) -> None:
+    back = _dequantize(rows, weights)
+    values = rows.reshape(24, -1, weights.block_size)
+    low, high = np.minimum(values.min(2), 0), np.maximum(values.max(2), 0)
+    step = np.maximum(-low, high) / (2 ** (weights.bits - 1) - 1) if weights.symmetric else (high - low) / (2**weights.bits - 1)
+    # A rounded zero point moves both ends by up to half a step more.
+    bound = step * (0.5 if weights.symmetric else 1.0)
+    assert (np.abs(back - rows).reshape(values.shape).max(2) <= bound * 1.001 + 1e-9).all()
+
+
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+def test_a_width_that_is_no_multiple_of_the_block(weights: WeightFormat, rows: np.ndarray) -> None:
+    """SigLIP's MLP is 4304 wide: the last block is padded, and its padding changes nothing."""
+    whole = weights.block_size * (200 // weights.block_size)
+    np.testing.assert_array_equal(_dequantize(rows[:, :200], weights)[:, :whole], _dequantize(rows, weights)[:, :whole])
+
+
+@pytest.mark.parametrize("width", [256, 200])
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+def test_onnxruntime_multiplies_as_the_eager_body_does(
+    weights: WeightFormat, width: int, rows: np.ndarray, tmp_path: Path
+) -> None:
+    io = GraphIO(
+        inputs={"x": TensorSpec(dtype="float32", shape=("rows", width))},
+        outputs={"y": TensorSpec(dtype="float32", shape=("rows", 24))},
+    )
+    plan = GraphPlan(name="resampler", module=lambda w: Linear(width, 24, weights=w), io=io, weights={})
+    layer = Linear(width, 24, weights=weights)
+    bias = np.linspace(-1, 1, 24, dtype=np.float32)
+    path = _export(plan, weights, layer, rows[:, :width], tmp_path, bias=bias)
+    x = np.random.default_rng(1).normal(size=(7, width)).astype(np.float32)
+    (found,) = cpu_session(path, session_options(1)).run(None, {"x": x})
+    expected = layer(torch.from_numpy(x)).detach().numpy()
+    # accuracy_level 4 rounds each block of x to 8 bits: an error of 1/254 of its largest value per product.
+    bound = np.abs(x).max() / 254 * np.sqrt(width) * np.sqrt((rows**2).mean(1)) * 4 + 1e-5
+    assert (np.abs(found - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+def test_onnxruntime_looks_rows_up_exactly(weights: WeightFormat, rows: np.ndarray, tmp_path: Path) -> None:
+    io = GraphIO(
+        inputs={"x": TensorSpec(dtype="int64", shape=("a", "b"))},
+        outputs={"y": TensorSpec(dtype="float32", shape=("a", "b", 256))},
+    )
+    plan = GraphPlan(name="resampler", module=lambda w: Embedding(24, 256, weights=w), io=io, weights={})
+    path = _export(plan, weights, Embedding(24, 256, weights=weights), rows, tmp_path)
+    indices = np.array([[3, 4, 5], [23, 0, 5]])
+    (found,) = cpu_session(path, session_options(1)).run(None, {"x": indices})
+    np.testing.assert_allclose(found, _dequantize(rows, weights)[indices], rtol=1e-6, atol=1e-7)
+
+
+def _dequantize(rows: np.ndarray, weights: WeightFormat) -> np.ndarray:
+    blocks = quantize_rows(rows, weights)
+    zeros = None if blocks.zero_points is None else torch.from_numpy(blocks.zero_points)
+    back = dequantize(torch.from_numpy(blocks.qweight), torch.from_numpy(blocks.scales), zeros, weights.bits)
+    return back[:, : rows.shape[1]].numpy()
+
+
+def _export(
+    plan: GraphPlan, weights: WeightFormat, layer: Linear | Embedding, rows: np.ndarray, folder: Path, **others: np.ndarray
+) -> Path:
+    """Fill `layer` and an exported graph with the same blocks."""
+    blocks = quantize_rows(rows, weights)
+    values = {"qweight": blocks.qweight, "scales": blocks.scales, "zero_points": blocks.zero_points, **others}
+    model, _ = trace(plan, weights)
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(layer, Embedding):
+            value = value.reshape(len(value), -1)
+        tensor = torch.from_numpy(value)
+        setattr(layer, name, torch.nn.Parameter(tensor) if name in others else tensor)
+        model.graph.initializers[name].const_value = ir.tensor(value, name=name)
+    ir.save(model, folder / "graph.onnx")
+    return folder / "graph.onnx"

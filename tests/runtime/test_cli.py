@@ -1,0 +1,101 @@
+"""`mcv-run` as a user meets it: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+RUN = [sys.executable, "-c", "from mcv_runtime.cli import main; main()"]
+WITHOUT_TOOLCHAIN = """
+import sys
+for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "huggingface_hub", "mcv_graphs"):
+    sys.modules[name] = None  # importing it raises ImportError
+from mcv_runtime.cli import main
+main()
+"""
+
+
+def run(*arguments, command=RUN, **environment):
+    environment = {name: value for name, value in os.environ.items() if name != "MCV_BUNDLE"} | environment
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", env=environment)
+
+
+@pytest.fixture(scope="module")
+def drawn(golden_root):
+    return golden_root / "images" / "synth_300x200.png"
+
+
+def test_answer_alone_on_stdout_without_the_toolchain(golden_bundle, golden_engine, drawn):
+    command = [sys.executable, "-c", WITHOUT_TOOLCHAIN]
+    done = run("-m", golden_bundle, "--image", drawn, "-p", "What is this?", "-n", 12, "-t", 1, command=command)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == golden_engine.ask(drawn, "What is this?", max_new_tokens=12).text + "\n"
+
+
+def test_json(golden_bundle, golden_engine, drawn, golden_root):
+    wide = golden_root / "images" / "synth_2000x180.png"
+    done = run("--image", wide, "--image", drawn, "--prompt", "What?", "-n", 3, "--json", MCV_BUNDLE=str(golden_bundle))
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = golden_engine.ask([wide, drawn], "What?", max_new_tokens=3)
+    result = json.loads(done.stdout)
+    assert list(result) == [
+        "text", "tokens", "prompt_tokens", "images", "timings_s", "tokens_per_s", "peak_rss_mb", "stop_reason"
+    ]  # fmt: skip
+    assert list(result["timings_s"]) == ["load", "preprocess", "vision", "prefill", "decode"]
+    assert result["text"] == answer.text
+    assert result["tokens"] == list(answer.tokens)
+    assert result["prompt_tokens"] == list(answer.prompt_tokens)
+    assert result["stop_reason"] == "length"
+    wide_sizes = [[1484, 140], *[[854, 238]] * 3]  # golden.json, two_images: target sizes times 14
+    assert result["images"] == [
+        {"size": [2000, 180], "grid": [3, 1], "slice_sizes": wide_sizes, "visual_tokens": 256},
+        {"size": [300, 200], "grid": None, "slice_sizes": [[546, 364]], "visual_tokens": 64},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--image", "none.jpg", "-p", "x"], "none.jpg cannot be read"),
+        (["-p", "  "], "the prompt is empty"),
+        ([], "the prompt is empty"),
+        (["-p", "x", "-n", "0"], "max_new_tokens"),
+        (["-p", "x", "-t", "0"], "threads"),
+        (["-p", "x", "--repetition-penalty", "nan"], "repetition_penalty"),
+        (["-p", "x", "-m", "nowhere"], "nowhere is not a bundle"),
+        (["-p", "x " * 40_000], "context"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(golden_bundle, arguments, line):
+    done = run(*arguments, MCV_BUNDLE=str(golden_bundle))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("mcv-run: ")
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_is_no_traceback(golden_bundle):
+    process = subprocess.Popen(
+        [*RUN, "-m", str(golden_bundle), "-p", "hello", "-n", "30000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c(golden_bundle):
+    import signal
+
+    process = subprocess.Popen(
+        [*RUN, "-m", str(golden_bundle), "-p", "hello", "-n", "30000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with process:
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stderr) == (130, b"")

@@ -1,0 +1,39 @@
+"""What is public, and what importing it costs."""
+
+import subprocess
+import sys
+
+import mcv_runtime
+
+PUBLIC = {
+    "Answer", "Bundle", "BundleCorruptError", "BundleError", "CheckpointError", "Clip", "Engine", "ImageError", "McvError",
+    "OptionError", "OutputError", "Picture", "Prompt", "PromptError", "Timings", "Video", "load",
+}  # fmt: skip
+
+
+def test_public_names():
+    assert set(mcv_runtime.__all__) == PUBLIC
+    assert sorted(mcv_runtime.__all__) == list(mcv_runtime.__all__)
+    assert all(hasattr(mcv_runtime, name) for name in mcv_runtime.__all__)
+
+
+def test_errors_are_builtins_too():
+    for name, builtin in {"BundleError": FileNotFoundError, "ImageError": ValueError, "PromptError": ValueError}.items():
+        error = getattr(mcv_runtime, name)
+        assert issubclass(error, mcv_runtime.McvError)
+        assert issubclass(error, builtin)
+
+
+def test_importing_changes_nothing_and_brings_no_toolchain():
+    code = (
+        "import logging, os, sys, threading, warnings\n"
+        "before = (dict(os.environ), list(logging.root.handlers), threading.active_count(), list(warnings.filters))\n"
+        "import numpy, onnxruntime, PIL.Image, tokenizers, jinja2\n"
+        "before = (*before[:3], list(warnings.filters))\n"
+        "import mcv_runtime\n"
+        "assert before == (dict(os.environ), list(logging.root.handlers), threading.active_count(), list(warnings.filters))\n"
+        "assert PIL.Image.MAX_IMAGE_PIXELS == 89478485\n"
+        "print([name for name in ('torch', 'transformers', 'onnx', 'typer') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
