@@ -10,7 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 .PHONY: demo test clean
 
 demo: .venv/.runtime
-	$(BIN)/mcv-run --image models/tiny/demo.png --prompt "What is written here?"
+	$(BIN)/mcv-run --image models/tiny/demo.png --prompt "What does the text say?"
 
 test: .venv/.dev
 	$(BIN)/ruff check

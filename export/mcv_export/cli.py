@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -161,7 +162,13 @@ def verify(
 
 def main() -> None:
     """Entry point of `mcv-export`."""
-    terminal.run(app, "mcv-export", interrupted="interrupted; nothing was kept")
+    try:
+        terminal.run(app, "mcv-export", interrupted="interrupted; nothing was kept")
+    except ModuleNotFoundError as error:  # a plain install has the runtime alone
+        typer.echo(
+            f"mcv-export: {error.name} is not installed; get the toolchain: pip install 'minicpmv-onnx[export]'", err=True
+        )
+        sys.exit(terminal.USAGE)
 
 
 @contextmanager

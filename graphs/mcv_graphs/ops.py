@@ -48,9 +48,7 @@ def skip_layer_norm(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, eps: 
     """`s = x + skip`; returns `(layer_norm(s), s)`, both of x's shape [..., width]."""
     if emits():
         inputs = (x, skip, weight, bias)
-        normed, _, _, total = emit(
-            "com.microsoft::SkipLayerNormalization", inputs, [x.shape, (1,), (1,), x.shape], epsilon=eps
-        )
+        normed, _, _, total = emit("com.microsoft::SkipLayerNormalization", inputs, [x.shape, (1,), (1,), x.shape], epsilon=eps)
         return normed, total
     total = x + skip
     return F.layer_norm(total, weight.shape, weight, bias, eps), total

@@ -19,9 +19,7 @@ from mcv_runtime.errors import BundleCorruptError
 FORMAT = 1
 FILE_NAME = "mcv.json"
 
-GraphName = Literal[
-    "vision_encoder", "vision_encoder_16x", "vision_encoder_4x", "resampler", "merger", "decoder_with_past"
-]
+GraphName = Literal["vision_encoder", "vision_encoder_16x", "vision_encoder_4x", "resampler", "merger", "decoder_with_past"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -155,9 +155,7 @@ class PromptBuilder:
         frames = (image_id_slices(spec, grid, None, spec.video_token) for grid in clip.frames)
         return _image_id(spec, number) + (self.text.part_separator if spec.video_token is None else "").join(frames)
 
-    def _slices(
-        self, ids: NDArray[np.int64], visuals: Sequence[SliceGrid | ClipGrid]
-    ) -> tuple[NDArray[np.int64], list[int]]:
+    def _slices(self, ids: NDArray[np.int64], visuals: Sequence[SliceGrid | ClipGrid]) -> tuple[NDArray[np.int64], list[int]]:
         """Where each slice's visual tokens begin, and how many they are."""
         spec = self.placeholder
         opening = [spec.image_start] if spec.strategy == "bracketed_slices" else [spec.image_start, spec.slice_start]

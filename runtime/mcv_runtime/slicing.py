@@ -52,9 +52,7 @@ class ClipGrid:
     frames: tuple[SliceGrid, ...]
 
 
-def adaptive_grid(
-    size: Size, image: ImageSpec, max_slice_nums: int | None = None, token_unit: int | None = None
-) -> SliceGrid:
+def adaptive_grid(size: Size, image: ImageSpec, max_slice_nums: int | None = None, token_unit: int | None = None) -> SliceGrid:
     """The grid of at most `max_slice_nums` cells that fits the picture's area and aspect ratio best.
 
     Sizes come in whole patches, or in whole visual tokens of `token_unit` pixels a side (`aligned_grid`).

@@ -89,9 +89,7 @@ def moments(
         yield Moment((tile(group),)) if spec.strategy == "frames" else Moment(tuple(group), times[number])
 
 
-def plan_packs(
-    total: int, fps: float, spec: VideoSpec, most: int, packing: int | None, *, sample: bool
-) -> tuple[Units, Times]:
+def plan_packs(total: int, fps: float, spec: VideoSpec, most: int, packing: int | None, *, sample: bool) -> tuple[Units, Times]:
     """Which frames are compressed together, and when each was in tenths of a second; at most `most` packs.
 
     `sample`: take `spec.sample_fps` frames a second, else all; `packing` frames a pack, by default as few as will do.

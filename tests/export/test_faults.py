@@ -171,5 +171,13 @@ def test_interrupted(checkpoint: Path, tmp_path: Path) -> None:
     assert _tree(out.parent) == []
 
 
+def test_without_the_toolchain(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from mcv_export.cli import main; main()"
+    command = [sys.executable, "-c", code, "build", str(tmp_path), str(tmp_path / "bundle")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "mcv-export: torch is not installed; get the toolchain: pip install 'minicpmv-onnx[export]'\n"
+
+
 def _tree(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*")) if folder.is_dir() else []

@@ -27,7 +27,8 @@ def test_slices_and_pixels_of_every_case(golden_case):
     for piece, one, (rows, columns) in zip(pieces, expected["slices"], expected["tgt_sizes_hw"], strict=True):
         pixels_HWC = np.asarray(piece)
         assert sha256(pixels_HWC.transpose(2, 0, 1)) == one["sha256_u8_chw"]
-        assert sha256(normalise(pixels_HWC, image)) == one["sha256_f32_chw"]
+        if golden_case.family != "minicpmv2_0":  # which keeps the hash of the bytes alone
+            assert sha256(normalise(pixels_HWC, image)) == one["sha256_f32_chw"]
         patched = patch_slice(piece, image)
         assert (patched.rows, patched.columns) == (rows, columns)
         assert patched.pixel_values.shape == (rows * columns, 3 * 14 * 14)

@@ -1,0 +1,83 @@
+"""The demonstration model: what ships is what is trained, and what quantization costs it."""
+
+import json
+import sys
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from mcv_export.build import BuildOptions, build
+from mcv_runtime import load
+from mcv_runtime.bundle import DEFAULT, Bundle
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "models" / "tiny"
+EXAMPLES = 1000
+
+
+@pytest.fixture(scope="module")
+def exact_match(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Percent of held-out questions answered to the letter, by precision."""
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(TINY)]
+    try:
+        from quality import exact_match
+        from scenes import held_out
+    finally:
+        del sys.path[:2]
+    examples = list(held_out(EXAMPLES))
+    figures = {}
+    for precision in ("fp32", "q8", "q4"):
+        bundle = build(TINY / "checkpoint", tmp_path_factory.mktemp(precision) / "bundle", BuildOptions(precision=precision))
+        figures[precision] = exact_match(load(bundle.folder), examples)["all"]
+    return figures
+
+
+def test_the_model_answers(exact_match: dict[str, float]) -> None:
+    """As its card and the kept result say, give or take what another processor's rounding may flip."""
+    kept = json.loads((ROOT / "benchmarks" / "results" / "tiny-quality.json").read_text())
+    assert kept["examples"] == EXAMPLES
+    assert exact_match["fp32"] == pytest.approx(kept["exact_match"]["fp32"]["all"], abs=0.5)
+    card = (TINY / "README.md").read_text(encoding="utf-8")
+    assert f"{kept['exact_match']['fp32']['all']:.1f} %" in card
+
+
+def test_quantization_costs_little(exact_match: dict[str, float]) -> None:
+    assert exact_match["q8"] >= exact_match["fp32"] - 1
+    assert exact_match["q4"] >= exact_match["fp32"] - 2
+
+
+def test_the_shipped_bundle_is_built_from_it(tmp_path: Path) -> None:
+    again = build(TINY / "checkpoint", tmp_path / "bundle", BuildOptions(precision="q8"), model="models/tiny").manifest
+    shipped = Bundle.open(DEFAULT).manifest
+    assert shipped.files.keys() == again.files.keys()
+    for name in shipped.files:
+        if name.endswith(".onnx"):  # another version of the tracer may write the same graph in other bytes
+            assert _nodes(DEFAULT / name) == _nodes(tmp_path / "bundle" / name)
+        else:
+            assert shipped.files[name] == again.files[name]
+    for name in ("image", "placeholder", "text", "generation", "cache", "graphs", "quantization"):
+        assert getattr(shipped, name) == getattr(again, name)
+
+
+def test_the_demo_answers_as_the_readme_says() -> None:
+    answer = load().ask(TINY / "demo.png", "What does the text say?")
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    demo = next(number for number, line in enumerate(lines) if line.startswith("$ make demo"))
+    assert lines[demo + 1] == answer.text
+    assert answer.stop_reason == "stop"
+
+
+def test_the_checkpoint_is_small_and_in_the_published_layout() -> None:
+    files = {path.name: path.stat().st_size for path in (TINY / "checkpoint").iterdir()}
+    assert sum(files.values()) < 12_000_000
+    published = {"config.json", "generation_config.json", "preprocessor_config.json", "special_tokens_map.json"}
+    assert files.keys() == published | {"model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def _nodes(path: Path) -> list[tuple[object, ...]]:
+    model = ir.load(path)
+    return [
+        (node.domain, node.op_type, [value and value.name for value in node.inputs], [value.name for value in node.outputs])
+        for node in model.graph
+    ]
