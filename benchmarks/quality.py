@@ -31,7 +31,7 @@ LONGEST = 48
 def right_answers(engine: Engine, examples: Sequence[Example]) -> Iterator[bool]:
     """Whether each example is answered to the letter."""
     for example in examples:
-        answer = engine.ask([picture.image for picture in example.pictures], example.question, max_new_tokens=LONGEST)
+        answer = engine.ask(list(example.images), example.question, max_new_tokens=LONGEST)
         yield answer.text == example.answer
 
 
