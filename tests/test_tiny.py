@@ -1,6 +1,8 @@
 """The demonstration model: what ships is what is trained, and what quantization costs it."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,6 +68,19 @@ def test_the_demo_answers_as_the_readme_says() -> None:
     demo = next(number for number, line in enumerate(lines) if line.startswith("$ make demo"))
     assert lines[demo + 1] == answer.text
     assert answer.stop_reason == "stop"
+
+
+def test_mcv_run_without_a_bundle() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MCV_BUNDLE"}
+    command = [sys.executable, "-m", "mcv_runtime.cli", "-p", "How many shapes are there?", "--image"]
+    good, bad = (
+        subprocess.run([*command, str(TINY / name)], capture_output=True, text=True, env=environment, check=False)
+        for name in ("demo.png", "nothing.png")
+    )
+    assert (good.returncode, good.stdout) == (0, "1\n")
+    assert "demo model" in good.stderr
+    assert "mcv-export build" in good.stderr
+    assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1)
 
 
 def test_the_checkpoint_is_small_and_in_the_published_layout() -> None:

@@ -15,7 +15,7 @@ import typer
 from mcv_runtime import bundle as bundles
 from mcv_runtime import terminal
 from mcv_runtime.answers import Answer
-from mcv_runtime.engine import Engine, Options, load
+from mcv_runtime.engine import Options, load
 from mcv_runtime.images import MAX_PIXELS
 from mcv_runtime.manifest import SmallImageUpsize
 from mcv_runtime.video import Video
@@ -23,7 +23,7 @@ from mcv_runtime.video import Video
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 _DEMO = (
-    "mcv-run: using the small demo model; build a real one with `mcv-export build openbmb/MiniCPM-V-2_6 my-bundle`"
+    "mcv-run: this was the small demo model; build a real one with `mcv-export build openbmb/MiniCPM-V-2_6 my-bundle`"
     " and name it with -m or $MCV_BUNDLE"
 )
 
@@ -83,13 +83,18 @@ def run(
         options["max_new_tokens"] = max_new_tokens
     if repetition_penalty is not None:
         options["repetition_penalty"] = repetition_penalty
-    engine = load(_bundle(bundle), threads=threads, max_pixels=max_pixels)
+    folder = _bundle(bundle)
+    engine = load(folder, threads=threads, max_pixels=max_pixels)
     seen: list[Path | Video] = [*(image or ()), *(Video(path) for path in video or ())]
     if as_json:
         answer = engine.ask(seen, prompt, system=system, **options)
         print(json.dumps(report(answer), ensure_ascii=False))
     else:
-        _print_pieces(engine, seen, prompt, system, options)
+        for piece in engine.stream(seen, prompt, system=system, **options):
+            print(piece, end="", flush=True)
+        print()
+    if folder == bundles.DEFAULT:  # after the answer: a mistake gets its own line alone
+        typer.echo(_DEMO, err=True)
 
 
 def _bundle(named: Path | None) -> Path:
@@ -97,14 +102,7 @@ def _bundle(named: Path | None) -> Path:
         return named
     if from_environment := os.environ.get("MCV_BUNDLE"):
         return Path(from_environment)
-    typer.echo(_DEMO, err=True)
     return bundles.DEFAULT
-
-
-def _print_pieces(engine: Engine, images: list[Path | Video], prompt: str, system: str | None, options: Options) -> None:
-    for piece in engine.stream(images, prompt, system=system, **options):
-        print(piece, end="", flush=True)
-    print()
 
 
 def report(answer: Answer) -> dict[str, Any]:
