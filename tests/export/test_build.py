@@ -154,6 +154,22 @@ def test_build_and_inspect_print_what_was_made(source: Path, tmp_path: Path, run
     assert json.loads(run("inspect", out, "--json")[1])["graphs"]["resampler"]["precision"] == "q4"
 
 
+def test_minicpm_o_without_its_ears_and_voice(
+    bundles: dict[str, Path],
+    checkpoint: Path,
+    edit_tensors: Callable[..., Path],
+    edit_config: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    edit_tensors(lambda tensors: tensors.update({"apm.conv1.bias": torch.zeros(4), "tts.emb.weight": torch.zeros(4, 4)}))
+    edit_config(lambda config: config.update(architectures=["MiniCPMO"], version="2.6"))
+    result = build(checkpoint, tmp_path / "bundle", BuildOptions(precision="q8"))
+    assert result.manifest.family == "minicpmo"
+    assert result.notice is not None
+    assert "audio" in result.notice
+    assert result.manifest.files == Bundle.open(bundles["q8"]).manifest.files
+
+
 def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="mcv-export build"):
         load(tmp_path)
