@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx_ir as ir
@@ -68,6 +69,15 @@ def test_the_demo_answers_as_the_readme_says() -> None:
     demo = next(number for number, line in enumerate(lines) if line.startswith("$ make demo"))
     assert lines[demo + 1] == answer.text
     assert answer.stop_reason == "stop"
+
+
+def test_threads_share_an_engine() -> None:
+    engine = load(threads=1)
+    questions = ["What does the text say?", "Describe the picture.", "What shape is this?", "How many shapes are there?"] * 4
+    alone = [engine.ask(TINY / "demo.png", question).tokens for question in questions]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda question: engine.ask(TINY / "demo.png", question).tokens, questions))
+    assert together == alone
 
 
 def test_mcv_run_without_a_bundle() -> None:
