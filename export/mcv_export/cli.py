@@ -57,7 +57,7 @@ def build_command(
     ] = None,
     decoder: Override = None,
     block_size: Annotated[
-        int, typer.Option(help="Weights that share a scale; 128 decodes about 1.3 times faster than 32, 32 is more accurate.")
+        int, typer.Option(help="Weights that share a scale: larger blocks decode faster, smaller ones are more accurate.")
     ] = 32,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept (default: the hub's own cache).")] = None,
