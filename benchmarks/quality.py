@@ -19,8 +19,8 @@ sys.path.insert(0, str(TINY))
 from questions import Example  # noqa: E402 - models/tiny is a folder of scripts, not a package
 from scenes import held_out  # noqa: E402
 
+from mcv_calibration.recipe import Precision  # noqa: E402
 from mcv_export.build import BuildOptions, build  # noqa: E402
-from mcv_export.precision import Precision  # noqa: E402
 from mcv_runtime import Engine, load  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"

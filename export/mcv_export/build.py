@@ -11,42 +11,47 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 
+from mcv_calibration.formats import layer_formats
+from mcv_calibration.recipe import GraphRecipe, Precision, Recipe
+from mcv_calibration.target import Target
 from mcv_export import config as cfg
 from mcv_export.checkpoint import Checkpoint, open_checkpoint
 from mcv_export.families import recognise
 from mcv_export.plan import GraphPlan, ModelPlan
-from mcv_export.precision import BITS, DEFAULT, ROLES, Precision
+from mcv_export.precision import SUFFIXES, recipe_of, resolved
+from mcv_export.sources import resolve
+from mcv_export.storage import Storage
 from mcv_export.text_graphs import write_text_graphs
 from mcv_export.trace import trace
-from mcv_export.weights import layout, point, resolve, write_weights
-from mcv_graphs.layers import WeightFormat
-from mcv_runtime.errors import CheckpointError, OptionError, OutputError
+from mcv_export.weights import layout, point, write_weights
+from mcv_runtime.errors import CheckpointError, OutputError
 from mcv_runtime.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """What to build. `precision` is for all three graphs, or for each by name; graphs not named get the default."""
+    """What to build. `precision` is for all three graphs, or for each by name; graphs not named get the default.
+
+    `recipe` says it in full, in the place of `precision` and `block_size`.
+    """
 
     precision: Precision | Mapping[GraphName, Precision] = field(default_factory=dict)
     block_size: int = 32
+    recipe: Recipe | None = None
     force: bool = False
     """Replace an output folder that exists."""
     text_graphs: bool = False
     """Also make the tokenizer's graphs, for hosts without Python."""
 
-    def weights(self, graph: GraphName) -> tuple[Precision, WeightFormat]:
-        role = ROLES.get(graph, graph)
-        by_name = {} if isinstance(self.precision, str) else self.precision
-        chosen = self.precision if isinstance(self.precision, str) else by_name.get(graph, by_name.get(role, DEFAULT[role]))
-        if chosen not in BITS:
-            raise OptionError(f"precision {chosen!r} is none of {', '.join(BITS)}")
-        return chosen, WeightFormat(bits=BITS[chosen], block_size=self.block_size)
+    def chosen(self) -> Recipe:
+        """The recipe, given or made of the simpler options; raises `OptionError`."""
+        return self.recipe or recipe_of(self.precision, block_size=self.block_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,48 +106,42 @@ def build(
     started = time.perf_counter()
     if out.exists() and not options.force:
         raise OutputError(f"{out} exists; choose another folder, or replace it with --force")
-    for name in DEFAULT:
-        options.weights(name)
+    wanted = options.chosen()
     checkpoint = open_checkpoint(checkpoint_folder)
     family = recognise(checkpoint.config)
     plan = family.plan(checkpoint)
     _reject_unknown_tensors(plan, checkpoint, family.title)
+    recipe = resolved(wanted, [graph.name for graph in plan.graphs if not graph.shares])
     with _all_or_nothing(out) as folder:
-        _copy_texts(checkpoint, folder, plan.chat_template)
+        cfg.copy_texts(checkpoint, folder, plan.chat_template)
         if options.text_graphs:
             write_text_graphs((folder / plan.text.tokenizer).read_text(encoding="utf-8"), folder)
         (folder / "onnx").mkdir()
         specs: dict[GraphName, GraphSpec] = {}
         built = []
-        formats: dict[GraphName, WeightFormat] = {}
         data: dict[GraphName, DataFile] = {}
         for graph in plan.graphs:
-            precision, formats[graph.name] = options.weights(graph.shares or graph.name)
             began = time.perf_counter()
-            path = folder / "onnx" / f"{graph.name}{'' if precision == 'fp32' else f'_{precision}'}.onnx"
+            graph_recipe = recipe.graphs[graph.shares or graph.name]
+            precision = graph_recipe.precision
+            storage = storage_of(graph, graph_recipe, recipe.target)
+            path = folder / "onnx" / f"{graph.name}{SUFFIXES[precision]}.onnx"
             if graph.shares:
-                _build_shared(graph, formats[graph.name], data[graph.shares], path)
+                _build_shared(graph, storage, data[graph.shares], path)
                 size = path.stat().st_size
             else:
-                data[graph.name] = _build_graph(graph, formats[graph.name], checkpoint, path, progress)
+                data[graph.name] = _build_graph(graph, storage, checkpoint, path, progress)
                 size = path.stat().st_size + data[graph.name].path.stat().st_size
             built.append(BuiltGraph(name=graph.name, precision=precision, size=size, seconds=time.perf_counter() - began))
             specs[graph.name] = GraphSpec(
                 file=f"onnx/{path.name}", precision=precision, inputs=graph.io.all_inputs, outputs=graph.io.all_outputs
             )
-        manifest = Manifest(
+        manifest = plan.manifest(
             family=family.name,
             model=model or checkpoint_folder.resolve().name,
             revision=revision,
             graphs=specs,
-            cache=plan.graphs[-1].io.cache,
-            image=plan.image,
-            placeholder=plan.placeholder,
-            text=plan.text,
-            generation=plan.generation,
-            hidden_size=plan.hidden_size,
-            video=plan.video,
-            quantization={name: asdict(weights) for name, weights in formats.items() if weights.quantized},
+            quantization=recipe.to_data(),
             tools={name: importlib.metadata.version(name) for name in _tools(options)},
             files={
                 path.relative_to(folder).as_posix(): _describe(path) for path in sorted(folder.rglob("*")) if path.is_file()
@@ -159,10 +158,17 @@ def _tools(options: BuildOptions) -> list[str]:
     return [*tools, "onnxruntime-extensions"] if options.text_graphs else tools
 
 
-def _build_graph(graph: GraphPlan, weights: WeightFormat, checkpoint: Checkpoint, path: Path, progress: Progress) -> DataFile:
+def storage_of(graph: GraphPlan, recipe: GraphRecipe, target: Target) -> Storage:
+    """How a recipe stores a graph."""
+    with torch.device("meta"):
+        module = graph.module()
+    return Storage(formats=layer_formats(module, recipe, target), method=recipe.method)
+
+
+def _build_graph(graph: GraphPlan, storage: Storage, checkpoint: Checkpoint, path: Path, progress: Progress) -> DataFile:
     """Write a graph to `path` and its weights beside it."""
-    model, module = trace(graph, weights)
-    sources = resolve(graph, module, checkpoint)
+    sources = resolve(graph, checkpoint, storage)
+    model, module = trace(graph, storage)
     total = sum(rows * columns for rows, columns in (source.shape for source in sources.values()))
     done = 0
 
@@ -172,19 +178,19 @@ def _build_graph(graph: GraphPlan, weights: WeightFormat, checkpoint: Checkpoint
         progress(graph.name, done, total)
 
     progress(graph.name, 0, total)
-    needed, free = layout(model, module, graph.tied)[1], shutil.disk_usage(path.parent).free
+    needed, free = layout(model, module, storage.twins(graph, module))[1], shutil.disk_usage(path.parent).free
     if needed > free:
         raise OutputError(f"no space left for {path.name}: it needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
     file = path.with_name(f"{path.name}.data")
-    offsets = write_weights(file, model, module, sources, graph, advance)
+    offsets = write_weights(file, model, module, sources, graph, storage, advance)
     ir.save(model, path)
     return DataFile(file, offsets)
 
 
-def _build_shared(graph: GraphPlan, weights: WeightFormat, data: DataFile, path: Path) -> None:
+def _build_shared(graph: GraphPlan, storage: Storage, data: DataFile, path: Path) -> None:
     """Write a graph to `path` that reads its weights from another graph's file."""
-    model, module = trace(graph, weights)
-    needed = layout(model, module, graph.tied)[0].keys()
+    model, module = trace(graph, storage)
+    needed = layout(model, module, storage.twins(graph, module))[0].keys()
     assert needed <= data.offsets.keys(), f"{graph.name} has weights that {graph.shares} has not"
     point(model, data.path, {name: data.offsets[name] for name in needed})
     ir.save(model, path)
@@ -199,16 +205,6 @@ def _reject_unknown_tensors(plan: ModelPlan, checkpoint: Checkpoint, title: str)
         raise CheckpointError(
             f"the checkpoint has the tensor {unknown[0]}{more}, which {title} has not; it is another model than it says"
         )
-
-
-def _copy_texts(checkpoint: Checkpoint, folder: Path, template: str | None) -> None:
-    """Tokenizer and configs as the checkpoint has them, and the chat template."""
-    for name in ("tokenizer.json", "preprocessor_config.json", "generation_config.json"):
-        if (checkpoint.folder / name).exists():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
-    # newline="": a template is data, its line ends stay as they are
-    with (folder / "chat_template.jinja").open("w", encoding="utf-8", newline="") as file:
-        file.write(template or cfg.chat_template(checkpoint))
 
 
 def _describe(path: Path) -> FileSpec:

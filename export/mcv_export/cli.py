@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mcv_calibration.recipe import Precision
 from mcv_export.memory import peak_rss_mb
-from mcv_export.precision import Precision
 from mcv_runtime import terminal
 from mcv_runtime.bundle import Bundle
 from mcv_runtime.errors import CheckpointError

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -83,6 +85,16 @@ def chat_template(checkpoint: Checkpoint) -> str:
             f"{checkpoint.folder} has no chat template, neither chat_template.jinja nor in tokenizer_config.json"
         )
     return template
+
+
+def copy_texts(checkpoint: Checkpoint, folder: Path, template: str | None) -> None:
+    """Tokenizer and configs as the checkpoint has them, and the chat template."""
+    for name in ("tokenizer.json", "preprocessor_config.json", "generation_config.json"):
+        if (checkpoint.folder / name).exists():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+    # newline="": a template is data, its line ends stay as they are
+    with (folder / "chat_template.jinja").open("w", encoding="utf-8", newline="") as file:
+        file.write(template or chat_template(checkpoint))
 
 
 def template_variables(checkpoint: Checkpoint) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 if TYPE_CHECKING:
-    from mcv_export.precision import Precision
+    from mcv_calibration.recipe import Precision
 
 # Every start of optimum-cli imports this module: what the build needs is imported by the build.
 

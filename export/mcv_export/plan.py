@@ -11,8 +11,16 @@ from torch import nn
 
 from mcv_export.checkpoint import Checkpoint
 from mcv_graphs.contract import GraphIO
-from mcv_graphs.layers import WeightFormat
-from mcv_runtime.manifest import GenerationSpec, GraphName, ImageSpec, PlaceholderSpec, TextSpec, VideoSpec
+from mcv_runtime.manifest import (
+    GenerationSpec,
+    GraphName,
+    GraphSpec,
+    ImageSpec,
+    Manifest,
+    PlaceholderSpec,
+    TextSpec,
+    VideoSpec,
+)
 
 Transform = Literal["plus_one", "negative_exp"]
 
@@ -41,10 +49,10 @@ Weights = Mapping[str, tuple[Part, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphPlan:
-    """One graph: its module in a given weight format, its io, and the origin of each parameter of the float module."""
+    """One graph: its module in float, its io, and the origin of each of its parameters."""
 
     name: GraphName
-    module: Callable[[WeightFormat], nn.Module]
+    module: Callable[[], nn.Module]
     io: GraphIO
     weights: Weights
     computed: Mapping[str, Callable[[], NDArray[Any]]] = field(default_factory=dict)
@@ -52,7 +60,7 @@ class GraphPlan:
     used: tuple[str, ...] = ()
     """Checkpoint tensors that `computed` reads."""
     tied: Mapping[str, str] = field(default_factory=dict)
-    """A layer whose quantized weight is another layer's, byte for byte, and that other layer: stored once."""
+    """A layer whose weight is another layer's, and that other layer: stored once where both have the same format."""
     shares: GraphName | None = None
     """An earlier graph that has all of this one's weights: this one reads them from that one's file."""
 
@@ -74,6 +82,22 @@ class ModelPlan:
     """What a user should know before using the bundle."""
     chat_template: str | None = None
     """In place of the checkpoint's own, where it has none or leaves something to its code."""
+
+    def manifest(self, *, family: str, model: str, graphs: Mapping[GraphName, GraphSpec], **more: Any) -> Manifest:
+        """The facts of this plan, with what only a build knows."""
+        return Manifest(
+            family=family,
+            model=model,
+            graphs=graphs,
+            cache=self.graphs[-1].io.cache,
+            image=self.image,
+            placeholder=self.placeholder,
+            text=self.text,
+            generation=self.generation,
+            hidden_size=self.hidden_size,
+            video=self.video,
+            **more,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

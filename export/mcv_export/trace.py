@@ -15,18 +15,18 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mcv_export.plan import GraphPlan
+from mcv_export.storage import IN_FLOAT, Storage
 from mcv_graphs import ops
 from mcv_graphs.contract import GraphIO
-from mcv_graphs.layers import WeightFormat
 from mcv_runtime.manifest import TensorSpec
 
 
-def trace(plan: GraphPlan, weights: WeightFormat) -> tuple[ir.Model, nn.Module]:
+def trace(plan: GraphPlan, storage: Storage = IN_FLOAT) -> tuple[ir.Model, nn.Module]:
     """The optimized graph, its initializers named as the module's parameters but without values, and the (fake) module."""
     io = plan.io
     sizes = _example_sizes(io)
     with FakeTensorMode(), ops.emitting(), torch.no_grad(), _quiet():
-        module = plan.module(weights).eval()
+        module = storage.module(plan)
         examples: list[Any] = [_example(spec, sizes) for spec in io.inputs.values()]
         shapes: list[Any] = [_dynamic(spec) for spec in io.inputs.values()]
         if io.cache:

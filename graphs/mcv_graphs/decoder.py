@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from mcv_graphs import ops
-from mcv_graphs.layers import FLOAT32, Embedding, Linear, RMSNorm, WeightFormat
+from mcv_graphs.layers import Embedding, FeedForward, Folds, Linear, RMSNorm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,16 +37,18 @@ class DecoderConfig:
 class Decoder(nn.Module):
     """Token ids and visual tokens to logits, one cached step or many positions at once."""
 
+    FOLDS: ClassVar[Folds] = (("norm", ("lm_head",)),)
+
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: DecoderConfig, weights: WeightFormat = FLOAT32) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, weights=weights)
-        self.layers = nn.ModuleList(DecoderLayer(config, weights) for _ in range(config.num_layers))
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, weights=weights)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -91,20 +93,23 @@ class Decoder(nn.Module):
 class DecoderLayer(nn.Module):
     """One block; the decoder adds the residuals, so that each sum fuses with the norm that follows it."""
 
-    def __init__(self, config: DecoderConfig, weights: WeightFormat) -> None:
+    FOLDS: ClassVar[Folds] = (("input_layernorm", ("qkv_proj",)), ("post_attention_layernorm", ("gate_proj", "up_proj")))
+    FFN: ClassVar[FeedForward] = (("gate_proj", "up_proj"), "down_proj")
+
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         width, head_dim = config.hidden_size, config.head_dim
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
         # Query, key and value in one product: GroupQueryAttention takes them packed, and a step decodes 1.12 times faster.
         packed = (config.num_heads + 2 * config.num_kv_heads) * head_dim
-        self.qkv_proj = Linear(width, packed, bias=config.qkv_bias, weights=weights)
+        self.qkv_proj = Linear(width, packed, bias=config.qkv_bias)
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(head_dim, config.rms_norm_eps), RMSNorm(head_dim, config.rms_norm_eps)
-        self.o_proj = Linear(config.num_heads * head_dim, width, bias=False, weights=weights)
+        self.o_proj = Linear(config.num_heads * head_dim, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.gate_proj, self.up_proj = (Linear(width, config.intermediate_size, bias=False, weights=weights) for _ in range(2))
-        self.down_proj = Linear(config.intermediate_size, width, bias=False, weights=weights)
+        self.gate_proj, self.up_proj = (Linear(width, config.intermediate_size, bias=False) for _ in range(2))
+        self.down_proj = Linear(config.intermediate_size, width, bias=False)
 
     def attention(
         self, x: Tensor, past_key: Tensor, past_value: Tensor, seqlens_k: Tensor, total: Tensor, cos: Tensor, sin: Tensor

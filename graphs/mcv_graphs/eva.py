@@ -7,13 +7,13 @@ Structure: timm's eva02_enormous_patch14_clip_224.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from mcv_graphs import ops
-from mcv_graphs.layers import FLOAT32, LayerNorm, Linear, WeightFormat
+from mcv_graphs.layers import FeedForward, LayerNorm, Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +35,13 @@ class EvaTower(nn.Module):
     class_token: Tensor
     positions: Tensor
 
-    def __init__(self, config: EvaConfig, weights: WeightFormat = FLOAT32) -> None:
+    def __init__(self, config: EvaConfig) -> None:
         super().__init__()
         width, patches = config.hidden_size, config.grid_side**2
-        self.patch_embedding = Linear(3 * config.patch_size**2, width)
+        self.patch_embedding = Linear(3 * config.patch_size**2, width, quantizable=False)
         self.register_buffer("class_token", torch.empty(1, width), persistent=False)  # its position added
         self.register_buffer("positions", torch.empty(patches, width), persistent=False)  # resized to the grid
-        self.layers = nn.ModuleList(EvaLayer(config, weights) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(EvaLayer(config) for _ in range(config.num_layers))
         self.norm = LayerNorm(width, config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -57,15 +57,17 @@ class EvaTower(nn.Module):
 class EvaLayer(nn.Module):
     """One block; its keys have no bias."""
 
-    def __init__(self, config: EvaConfig, weights: WeightFormat) -> None:
+    FFN: ClassVar[FeedForward] = (("fc1",), "fc2")
+
+    def __init__(self, config: EvaConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_heads
-        self.q_proj, self.v_proj, self.out_proj = (Linear(width, width, weights=weights) for _ in range(3))
-        self.k_proj = Linear(width, width, bias=False, weights=weights)
+        self.q_proj, self.v_proj, self.out_proj = (Linear(width, width) for _ in range(3))
+        self.k_proj = Linear(width, width, bias=False)
         self.norm1, self.norm2 = (LayerNorm(width, config.layer_norm_eps) for _ in range(2))
-        self.fc1 = Linear(width, config.intermediate_size, weights=weights)
-        self.fc2 = Linear(config.intermediate_size, width, weights=weights)
+        self.fc1 = Linear(width, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, width)
 
     def forward(self, x: Tensor) -> Tensor:
         attended = ops.multi_head_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from mcv_graphs import ops
 from mcv_graphs import recurrent_ops as rec
-from mcv_graphs.layers import FLOAT32, Embedding, Linear, RMSNorm, WeightFormat
+from mcv_graphs.layers import FLOAT32, Embedding, FeedForward, Folds, Linear, RMSNorm
 
 LayerKind = Literal["linear_attention", "full_attention"]
 
@@ -57,15 +57,13 @@ class HybridDecoder(nn.Module):
     frequencies: Tensor
     frequency_axes: Tensor
 
-    def __init__(self, config: HybridConfig, weights: WeightFormat = FLOAT32) -> None:
+    def __init__(self, config: HybridConfig) -> None:
         super().__init__()
         self.config = config
-        fits = config.hidden_size % weights.block_size == 0
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, weights=weights if fits else FLOAT32)
-        self.layers = nn.ModuleList(_LAYERS[kind](config, weights) for kind in config.layer_kinds)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, may_stay_float=True)
+        self.layers = nn.ModuleList(_LAYERS[kind](config) for kind in config.layer_kinds)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, weights=weights)
-        self.shares_table = config.tied and not weights.quantized
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
         if config.mrope_section:
             self.register_buffer("frequency_axes", frequency_axes(config), persistent=False)
@@ -101,9 +99,13 @@ class HybridDecoder(nn.Module):
             normed, x = layer.post_attention_layernorm.skip(x, layer.o_proj(mixed))
             next_norm = self.norm if last else layers[index + 1].input_layernorm
             normed, x = next_norm.skip(x, layer.mlp(normed))
-        if self.shares_table and ops.emits():  # one float table for both; quantized ones share their bytes in the file
+        if self.shares_table and ops.emits():  # one float table for both; equally quantized ones share their bytes in the file
             return ops.tied_logits(normed, self.embed_tokens.weight), present
         return self.lm_head(normed), present
+
+    @property
+    def shares_table(self) -> bool:
+        return self.config.tied and self.embed_tokens.format == self.lm_head.format == FLOAT32
 
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each token: two [B * T, rotary_dim / 2]. Tables of a long context would outweigh a layer."""
@@ -130,15 +132,18 @@ class Call:
 class HybridLayer(nn.Module):
     """One block; the decoder adds the residuals, so that each sum fuses with the norm that follows it."""
 
-    def __init__(self, config: HybridConfig, weights: WeightFormat, mixed_size: int) -> None:
+    FOLDS: ClassVar[Folds] = (("post_attention_layernorm", ("gate_proj", "up_proj")),)
+    FFN: ClassVar[FeedForward] = (("gate_proj", "up_proj"), "down_proj")
+
+    def __init__(self, config: HybridConfig, mixed_size: int) -> None:
         super().__init__()
         self.config = config
         width = config.hidden_size
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.o_proj = Linear(mixed_size, width, bias=False, weights=weights)
+        self.o_proj = Linear(mixed_size, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.gate_proj, self.up_proj = (Linear(width, config.intermediate_size, bias=False, weights=weights) for _ in range(2))
-        self.down_proj = Linear(config.intermediate_size, width, bias=False, weights=weights)
+        self.gate_proj, self.up_proj = (Linear(width, config.intermediate_size, bias=False) for _ in range(2))
+        self.down_proj = Linear(config.intermediate_size, width, bias=False)
 
     def mix(self, x: Tensor, first: Tensor, second: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """The mixture over time, [B, T, hidden] -> [B, T, mixed_size], and the layer's two cache tensors."""
@@ -151,11 +156,13 @@ class HybridLayer(nn.Module):
 class FullAttentionLayer(HybridLayer):
     """Grouped-query attention with normalised heads, partial rotary positions and a gate on its output."""
 
-    def __init__(self, config: HybridConfig, weights: WeightFormat) -> None:
+    FOLDS: ClassVar[Folds] = (("input_layernorm", ("q_proj", "q_gate", "k_proj", "v_proj")), *HybridLayer.FOLDS)
+
+    def __init__(self, config: HybridConfig) -> None:
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        super().__init__(config, weights, width)
-        self.q_proj, self.q_gate = (Linear(config.hidden_size, width, bias=False, weights=weights) for _ in range(2))
-        self.k_proj, self.v_proj = (Linear(config.hidden_size, kv_width, bias=False, weights=weights) for _ in range(2))
+        super().__init__(config, width)
+        self.q_proj, self.q_gate = (Linear(config.hidden_size, width, bias=False) for _ in range(2))
+        self.k_proj, self.v_proj = (Linear(config.hidden_size, kv_width, bias=False) for _ in range(2))
         self.q_norm, self.k_norm = (nn.Parameter(torch.empty(config.head_dim)) for _ in range(2))
 
     def mix(self, x: Tensor, first: Tensor, second: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,13 +187,18 @@ class FullAttentionLayer(HybridLayer):
 class DeltaNetLayer(HybridLayer):
     """A gated delta net: short convolution, then a memory of fixed size; its output is normalised and gated per head."""
 
-    def __init__(self, config: HybridConfig, weights: WeightFormat) -> None:
-        super().__init__(config, weights, config.value_channels)
+    FOLDS: ClassVar[Folds] = (
+        ("input_layernorm", ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")),
+        *HybridLayer.FOLDS,
+    )
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config, config.value_channels)
         width, heads = config.hidden_size, config.linear_value_heads
-        self.in_proj_qkv = Linear(width, config.conv_channels, bias=False, weights=weights)
-        self.in_proj_z = Linear(width, config.value_channels, bias=False, weights=weights)
+        self.in_proj_qkv = Linear(width, config.conv_channels, bias=False)
+        self.in_proj_z = Linear(width, config.value_channels, bias=False)
         # One number a head, which sets how long it remembers: not worth quantizing.
-        self.in_proj_a, self.in_proj_b = (Linear(width, heads, bias=False) for _ in range(2))
+        self.in_proj_a, self.in_proj_b = (Linear(width, heads, bias=False, quantizable=False) for _ in range(2))
         self.conv_taps = nn.Parameter(torch.empty(config.conv_kernel, config.conv_channels))
         self.dt_bias, self.decay_scale = (nn.Parameter(torch.empty(heads)) for _ in range(2))
         self.norm = nn.Parameter(torch.empty(config.linear_value_dim))

@@ -1,54 +1,122 @@
-"""The layers every graph is made of: linear, embedding and norms, in full or reduced weight precision."""
+"""The layers every graph is made of: linear, embedding and norms, in full or reduced precision.
+
+A module is made in float; `set_formats` changes the precision of its layers afterwards.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcv_graphs import ops
+from mcv_graphs import int8_ops, ops
+from mcv_graphs.formats import FLOAT32, Int8Format, LayerFormat, WeightFormat
 from mcv_runtime.errors import OptionError
 
+__all__ = [
+    "FLOAT32",
+    "Embedding",
+    "FeedForward",
+    "Folds",
+    "Int8Format",
+    "LayerFormat",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "WeightFormat",
+    "set_formats",
+]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightFormat:
-    """How a linear's or embedding's weight is stored: 32 bits as float, 8 or 4 as blocks of integers with a scale each.
+Folds: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
+"""A block's `FOLDS`: each norm and the linears that alone read what it gives, so that a factor can move between them."""
+FeedForward: TypeAlias = tuple[tuple[str, ...], str]
+"""A block's `FFN`: the linears that make its inner channels, and the one that reads them."""
 
-    `symmetric` leaves zero points out; 4 bits need them: half of the 16 levels would go unused in a one-sided block.
-    """
-
-    bits: int = 32
-    block_size: int = 32
-
-    def __post_init__(self) -> None:
-        if self.bits not in (4, 8, 32):
-            raise OptionError(f"bits={self.bits}: weights have 4, 8 or 32 bits")
-        if self.block_size < 16 or self.block_size & (self.block_size - 1):
-            raise OptionError(f"block_size={self.block_size} is not a power of two of at least 16")
-
-    @property
-    def quantized(self) -> bool:
-        return self.bits < 32
-
-    @property
-    def symmetric(self) -> bool:
-        return self.bits == 8
-
-    def blocks(self, width: int) -> int:
-        """Blocks in a row of `width` values; the last one may be padded."""
-        return -(-width // self.block_size)
+_HELD = (
+    "weight", "qweight", "scales", "zero_points", "weight_scales", "input_scale", "input_zero_point", "input_factors",
+)  # fmt: skip
+"""What a layer's weight may consist of."""
 
 
-FLOAT32 = WeightFormat()
+def set_formats(module: nn.Module, formats: Mapping[str, LayerFormat]) -> None:
+    """Hold the named linears and embeddings in other formats; what they held is lost."""
+    for path, layer_format in formats.items():
+        layer = module.get_submodule(path)
+        assert isinstance(layer, Linear | Embedding), f"{path} has no format"
+        layer.set_format(layer_format)
 
 
 class Linear(nn.Module):
     """`x @ weight + bias`, [..., in_features] -> [..., out_features].
 
     The float weight is held as [in, out], the operand of MatMul: held the other way, the graph would transpose it and
-    the optimizer would fold a second copy of every weight into memory.
+    the optimizer would fold a second copy of every weight into memory. `quantizable`: whether it may have another format.
+    """
+
+    weight: Tensor
+    qweight: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    weight_scales: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+    input_factors: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, quantizable: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.quantizable = in_features, out_features, quantizable
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.set_format(FLOAT32)
+
+    def set_format(self, layer_format: LayerFormat) -> None:
+        """Hold the weight in this format; what it held is lost."""
+        self.format = layer_format
+        _drop_held(self)
+        if isinstance(layer_format, Int8Format):
+            self._register_int8(layer_format)
+        elif layer_format.quantized:
+            _register_blocks(self, self.out_features, self.in_features, layer_format)
+        else:
+            self.weight = nn.Parameter(torch.empty(self.in_features, self.out_features))
+
+    def resize(self, *, in_features: int | None = None, out_features: int | None = None) -> None:
+        """Have fewer channels; what the layer held is lost."""
+        self.in_features, self.out_features = in_features or self.in_features, out_features or self.out_features
+        if self.bias is not None:
+            self.bias = nn.Parameter(torch.empty(self.out_features))
+        self.set_format(self.format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = self.format
+        if isinstance(kind, Int8Format):
+            x = x * self.input_factors if kind.smoothed else x
+            if kind.activations == "dynamic":
+                return int8_ops.dynamic_matmul(x, self.qweight, self.weight_scales, self.bias)
+            ranged = self.input_scale, self.input_zero_point
+            return int8_ops.static_matmul(x, self.qweight, self.weight_scales, *ranged, self.bias)
+        if kind.quantized:
+            held = self.qweight, self.scales, self.zero_points, self.bias
+            return ops.matmul_nbits(x, *held, bits=kind.bits, block_size=kind.block_size)
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+    def _register_int8(self, kind: Int8Format) -> None:
+        self.register_buffer("qweight", torch.empty(self.in_features, self.out_features, dtype=torch.int8))
+        self.register_buffer("weight_scales", torch.empty(self.out_features))
+        if kind.activations == "static":
+            self.register_buffer("input_scale", torch.empty(()))
+            self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int8 if kind.signed else torch.uint8))
+        if kind.smoothed:
+            self.register_buffer("input_factors", torch.empty(self.in_features))
+
+
+class Embedding(nn.Module):
+    """Rows of a table by index, [...] -> [..., width].
+
+    `may_stay_float`: where the width cannot be cut into blocks, rather than being an error.
     """
 
     weight: Tensor
@@ -56,58 +124,36 @@ class Linear(nn.Module):
     scales: Tensor
     zero_points: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, weights: WeightFormat = FLOAT32) -> None:
+    def __init__(self, rows: int, width: int, *, quantizable: bool = True, may_stay_float: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.format = in_features, out_features, weights
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        if weights.quantized:
-            _register_blocks(self, out_features, in_features, weights)
+        self.rows, self.width, self.quantizable, self.may_stay_float = rows, width, quantizable, may_stay_float
+        self.set_format(FLOAT32)
+
+    def set_format(self, layer_format: LayerFormat) -> None:
+        """Hold the table in this format; what it held is lost."""
+        if isinstance(layer_format, Int8Format):
+            raise OptionError("an embedding multiplies nothing, so it has no int8 format; give it q8")
+        if layer_format.quantized and self.width % layer_format.block_size:
+            if not self.may_stay_float:
+                raise OptionError(
+                    f"an embedding {self.width} wide cannot be cut into blocks of {layer_format.block_size}; "
+                    "choose a smaller block size"
+                )
+            layer_format = FLOAT32
+        self.format: WeightFormat = layer_format
+        _drop_held(self)
+        if layer_format.quantized:
+            _register_blocks(self, self.rows, self.width, layer_format)
+            # held flat: GatherBlockQuantized wants a matrix, and a Reshape would copy it
+            self.qweight = self.qweight.flatten(1)
         else:
-            self.weight = nn.Parameter(torch.empty(in_features, out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.format.quantized:
-            return ops.matmul_nbits(
-                x,
-                self.qweight,
-                self.scales,
-                self.zero_points,
-                self.bias,
-                bits=self.format.bits,
-                block_size=self.format.block_size,
-            )
-        y = x @ self.weight
-        return y if self.bias is None else y + self.bias
-
-
-class Embedding(nn.Module):
-    """Rows of a table by index, [...] -> [..., width]."""
-
-    weight: Tensor
-    qweight: Tensor
-    scales: Tensor
-    zero_points: Tensor | None
-
-    def __init__(self, rows: int, width: int, *, weights: WeightFormat = FLOAT32) -> None:
-        super().__init__()
-        self.rows, self.width, self.format = rows, width, weights
-        if weights.quantized and width % weights.block_size:
-            raise OptionError(
-                f"an embedding {width} wide cannot be cut into blocks of {weights.block_size}; choose a smaller block size"
-            )
-        if weights.quantized:
-            _register_blocks(self, rows, width, weights)
-            self.qweight = self.qweight.flatten(
-                1
-            )  # held flat: GatherBlockQuantized wants a matrix, and a Reshape would copy it
-        else:
-            self.weight = nn.Parameter(torch.empty(rows, width))
+            self.weight = nn.Parameter(torch.empty(self.rows, self.width))
 
     def forward(self, indices: Tensor) -> Tensor:
         if self.format.quantized:
-            return ops.gather_block_quantized(
-                self.qweight, indices, self.scales, self.zero_points, bits=self.format.bits, block_size=self.format.block_size
-            )
+            held = self.scales, self.zero_points
+            bits, block_size = self.format.bits, self.format.block_size
+            return ops.gather_block_quantized(self.qweight, indices, *held, bits=bits, block_size=block_size)
         return F.embedding(indices, self.weight)
 
 
@@ -137,6 +183,12 @@ class RMSNorm(nn.Module):
 
     def skip(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         return ops.skip_rms_norm(x, skip, self.weight, self.eps)
+
+
+def _drop_held(module: nn.Module) -> None:
+    for name in _HELD:
+        if name in module._parameters or name in module._buffers:
+            delattr(module, name)
 
 
 def _register_blocks(module: nn.Module, rows: int, width: int, weights: WeightFormat) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mcv_graphs import ops
-from mcv_graphs.layers import FLOAT32, LayerNorm, Linear, WeightFormat
+from mcv_graphs.layers import Folds, LayerNorm, Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +30,10 @@ class ResamplerConfig:
 class Resampler(nn.Module):
     """Learned queries attend to the patches of one slice; keys carry the patch's position, values do not."""
 
+    FOLDS: ClassVar[Folds] = (("ln_post", ("proj",)),)
     frequencies: Tensor
 
-    def __init__(self, config: ResamplerConfig, weights: WeightFormat = FLOAT32) -> None:
+    def __init__(self, config: ResamplerConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.config = config
@@ -40,10 +42,10 @@ class Resampler(nn.Module):
             self.query_position = nn.Parameter(torch.empty(config.num_queries, width))
         # The published checkpoints have no kv_proj where tower and language model are equally wide.
         projected = config.vision_size != width
-        self.kv_proj = Linear(config.vision_size, width, bias=False, weights=weights) if projected else nn.Identity()
+        self.kv_proj = Linear(config.vision_size, width, bias=False) if projected else nn.Identity()
         self.ln_q, self.ln_kv, self.ln_post = (LayerNorm(width, eps) for _ in range(3))
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width, weights=weights) for _ in range(4))
-        self.proj = Linear(width, width, bias=False, weights=weights)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width) for _ in range(4))
+        self.proj = Linear(width, width, bias=False)
         self.register_buffer("frequencies", position_frequencies(width), persistent=False)
 
     def forward(self, vision_hidden: Tensor, patch_positions: Tensor) -> Tensor:
@@ -67,8 +69,8 @@ class TemporalResampler(Resampler):
 
     time_frequencies: Tensor
 
-    def __init__(self, config: ResamplerConfig, weights: WeightFormat = FLOAT32) -> None:
-        super().__init__(config, weights)
+    def __init__(self, config: ResamplerConfig) -> None:
+        super().__init__(config)
         self.register_buffer("time_frequencies", time_frequencies(config.hidden_size), persistent=False)
 
     def forward(  # type: ignore[override]  # another graph, with an input more
@@ -85,8 +87,8 @@ class FixedResampler(Resampler):
 
     key_positions: Tensor
 
-    def __init__(self, config: ResamplerConfig, patches: int, weights: WeightFormat = FLOAT32) -> None:
-        super().__init__(config, weights)
+    def __init__(self, config: ResamplerConfig, patches: int) -> None:
+        super().__init__(config)
         self.register_buffer("key_positions", torch.empty(patches, config.hidden_size), persistent=False)
 
     def forward(self, vision_hidden: Tensor) -> Tensor:  # type: ignore[override]  # another graph, with an input less

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mcv_graphs import ops
-from mcv_graphs.layers import FLOAT32, Embedding, LayerNorm, Linear, WeightFormat
+from mcv_graphs.layers import Embedding, FeedForward, Folds, LayerNorm, Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +29,13 @@ class SiglipConfig:
 class SiglipTower(nn.Module):
     """Patches to features: pre-norm blocks, tanh GELU, a final norm; no class token, no pooling head."""
 
-    def __init__(self, config: SiglipConfig, weights: WeightFormat = FLOAT32) -> None:
+    def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
         width = config.hidden_size
         # Patch and position embeddings stay in float: a fraction of a percent of the weights, and the input of everything.
-        self.patch_embedding = Linear(3 * config.patch_size**2, width)
-        self.position_embedding = Embedding(config.position_table_side**2, width)
-        self.layers = nn.ModuleList(SiglipLayer(config, weights) for _ in range(config.num_layers))
+        self.patch_embedding = Linear(3 * config.patch_size**2, width, quantizable=False)
+        self.position_embedding = Embedding(config.position_table_side**2, width, quantizable=False)
+        self.layers = nn.ModuleList(SiglipLayer(config) for _ in range(config.num_layers))
         self.post_layernorm = LayerNorm(width, config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, position_ids: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ class SiglipTower(nn.Module):
 class ResizedSiglipTower(SiglipTower):
     """A tower of fixed size whose table of positions is resized to each slice's grid: by weights, a product along each axis."""
 
-    def __init__(self, config: SiglipConfig, weights: WeightFormat = FLOAT32) -> None:
-        super().__init__(config, weights)
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__(config)
         self.side = config.position_table_side
 
     def forward(  # type: ignore[override]  # another graph, with inputs of its own
@@ -73,16 +73,19 @@ class ResizedSiglipTower(SiglipTower):
 class SiglipLayer(nn.Module):
     """One block; the tower adds the residuals, so that each sum fuses with the norm that follows it."""
 
-    def __init__(self, config: SiglipConfig, weights: WeightFormat) -> None:
+    FOLDS: ClassVar[Folds] = (("layer_norm1", ("q_proj", "k_proj", "v_proj")), ("layer_norm2", ("fc1",)))
+    FFN: ClassVar[FeedForward] = (("fc1",), "fc2")
+
+    def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_heads
         self.gelu = ops.gelu_tanh if config.gelu == "tanh" else ops.gelu
         self.layer_norm1 = LayerNorm(width, config.layer_norm_eps)
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width, weights=weights) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width) for _ in range(4))
         self.layer_norm2 = LayerNorm(width, config.layer_norm_eps)
-        self.fc1 = Linear(width, config.intermediate_size, weights=weights)
-        self.fc2 = Linear(config.intermediate_size, width, weights=weights)
+        self.fc1 = Linear(width, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, width)
 
     def attention(self, x: Tensor) -> Tensor:
         return self.out_proj(ops.multi_head_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads))

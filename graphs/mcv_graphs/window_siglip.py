@@ -6,12 +6,12 @@ the raster order (a patch's place is in its position id), so every merge is a re
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
 from mcv_graphs import ops
-from mcv_graphs.layers import FLOAT32, Embedding, LayerNorm, Linear, WeightFormat
+from mcv_graphs.layers import Embedding, FeedForward, Folds, LayerNorm, Linear
 from mcv_graphs.siglip import SiglipConfig, SiglipLayer
 
 WINDOW = 4
@@ -21,17 +21,17 @@ WINDOW = 4
 class WindowSiglipTower(nn.Module):
     """A SigLIP tower that merges windows after layer `merge_after`, or never if that is None."""
 
-    def __init__(self, config: SiglipConfig, merge_after: int | None, weights: WeightFormat = FLOAT32) -> None:
+    def __init__(self, config: SiglipConfig, merge_after: int | None) -> None:
         super().__init__()
         width = config.hidden_size
         self.merge_after = merge_after
         # Patch and position embeddings stay in float: a fraction of a percent of the weights, and the input of everything.
-        self.patch_embedding = Linear(3 * config.patch_size**2, width)
-        self.position_embedding = Embedding(config.position_table_side**2, width)
-        self.layers = nn.ModuleList(SiglipLayer(config, weights) for _ in range(config.num_layers))
+        self.patch_embedding = Linear(3 * config.patch_size**2, width, quantizable=False)
+        self.position_embedding = Embedding(config.position_table_side**2, width, quantizable=False)
+        self.layers = nn.ModuleList(SiglipLayer(config) for _ in range(config.num_layers))
         self.post_layernorm = LayerNorm(width, config.layer_norm_eps)
         if merge_after is not None:
-            self.vit_merger = WindowMerger(config, weights)
+            self.vit_merger = WindowMerger(config)
 
     def forward(self, pixel_values: Tensor, position_ids: Tensor) -> Tensor:
         """pixel_values [S, N, P, 3 * p * p], position_ids [S, N, P] -> [S, N, 4, hidden]: P patches of each visual token."""
@@ -51,15 +51,18 @@ class WindowSiglipTower(nn.Module):
 class WindowMerger(nn.Module):
     """Attention inside each window, then an MLP from its four patches to one, added to their mean."""
 
-    def __init__(self, config: SiglipConfig, weights: WeightFormat) -> None:
+    FOLDS: ClassVar[Folds] = (("layer_norm1", ("q_proj", "k_proj", "v_proj")), ("pre_norm", ("linear_1",)))
+    FFN: ClassVar[FeedForward] = (("linear_1",), "linear_2")
+
+    def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.num_heads = config.num_heads
         self.layer_norm1 = LayerNorm(width, eps)
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width, weights=weights) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width) for _ in range(4))
         self.pre_norm = LayerNorm(WINDOW * width, eps)
-        self.linear_1 = Linear(WINDOW * width, WINDOW * config.intermediate_size, weights=weights)
-        self.linear_2 = Linear(WINDOW * config.intermediate_size, width, weights=weights)
+        self.linear_1 = Linear(WINDOW * width, WINDOW * config.intermediate_size)
+        self.linear_2 = Linear(WINDOW * config.intermediate_size, width)
 
     def forward(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream and what is still to be added to it, both [S, L, W] -> the same two, [S, L / 4, W]."""

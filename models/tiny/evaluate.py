@@ -20,9 +20,9 @@ from torch import Tensor
 from mcv_export.checkpoint import open_checkpoint
 from mcv_export.families.minicpmv2_6 import FAMILY
 from mcv_export.plan import ModelPlan
-from mcv_export.weights import resolve
+from mcv_export.sources import resolve
 from mcv_graphs.decoder import Decoder
-from mcv_graphs.layers import FLOAT32, Linear
+from mcv_graphs.layers import Linear
 
 
 def load(folder: Path) -> tuple[TinyModel, Encoder]:
@@ -31,8 +31,7 @@ def load(folder: Path) -> tuple[TinyModel, Encoder]:
     plan: ModelPlan = FAMILY.plan(checkpoint)
     model = TinyModel(plan.text.vocab_size)
     for graph, module in zip(plan.graphs, (model.tower, model.resampler, model.decoder), strict=True):
-        reference = graph.module(FLOAT32)
-        for name, source in resolve(graph, reference, checkpoint).items():
+        for name, source in resolve(graph, checkpoint).items():
             owner, _, _ = name.rpartition(".")
             value = torch.from_numpy(source.rows(0, source.shape[0]))
             parameter = module.get_parameter(name)

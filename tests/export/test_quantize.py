@@ -7,8 +7,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from mcv_calibration.blocks import quantize_rows
 from mcv_export.plan import GraphPlan
-from mcv_export.quantize import quantize_rows
+from mcv_export.storage import Storage
 from mcv_export.trace import trace
 from mcv_graphs.contract import GraphIO
 from mcv_graphs.layers import Embedding, Linear, WeightFormat
@@ -55,8 +56,9 @@ def test_onnxruntime_multiplies_as_the_eager_body_does(
         inputs={"x": TensorSpec(dtype="float32", shape=("rows", width))},
         outputs={"y": TensorSpec(dtype="float32", shape=("rows", 24))},
     )
-    plan = GraphPlan(name="resampler", module=lambda w: Linear(width, 24, weights=w), io=io, weights={})
-    layer = Linear(width, 24, weights=weights)
+    plan = GraphPlan(name="resampler", module=lambda: Linear(width, 24), io=io, weights={})
+    layer = Linear(width, 24)
+    layer.set_format(weights)
     bias = np.linspace(-1, 1, 24, dtype=np.float32)
     path = _export(plan, weights, layer, rows[:, :width], tmp_path, bias=bias)
     x = np.random.default_rng(1).normal(size=(7, width)).astype(np.float32)
@@ -73,8 +75,10 @@ def test_onnxruntime_looks_rows_up_exactly(weights: WeightFormat, rows: np.ndarr
         inputs={"x": TensorSpec(dtype="int64", shape=("a", "b"))},
         outputs={"y": TensorSpec(dtype="float32", shape=("a", "b", 256))},
     )
-    plan = GraphPlan(name="resampler", module=lambda w: Embedding(24, 256, weights=w), io=io, weights={})
-    path = _export(plan, weights, Embedding(24, 256, weights=weights), rows, tmp_path)
+    plan = GraphPlan(name="resampler", module=lambda: Embedding(24, 256), io=io, weights={})
+    layer = Embedding(24, 256)
+    layer.set_format(weights)
+    path = _export(plan, weights, layer, rows, tmp_path)
     indices = np.array([[3, 4, 5], [23, 0, 5]])
     (found,) = cpu_session(path, session_options(1)).run(None, {"x": indices})
     np.testing.assert_allclose(found, _dequantize(rows, weights)[indices], rtol=1e-6, atol=1e-7)
@@ -93,7 +97,7 @@ def _export(
     """Fill `layer` and an exported graph with the same blocks."""
     blocks = quantize_rows(rows, weights)
     values = {"qweight": blocks.qweight, "scales": blocks.scales, "zero_points": blocks.zero_points, **others}
-    model, _ = trace(plan, weights)
+    model, _ = trace(plan, Storage(formats={"": weights}))
     for name, value in values.items():
         if value is None:
             continue

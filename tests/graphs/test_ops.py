@@ -14,7 +14,7 @@ from mcv_export.trace import trace
 from mcv_graphs import ops
 from mcv_graphs.contract import GraphIO, decoder_io, key_value_cache
 from mcv_graphs.decoder import Decoder, DecoderConfig
-from mcv_graphs.layers import FLOAT32, LayerNorm, RMSNorm, WeightFormat
+from mcv_graphs.layers import LayerNorm, RMSNorm
 from mcv_graphs.resampler import sincos_positions
 from mcv_runtime.manifest import TensorSpec
 from mcv_runtime.sessions import cpu_session, session_options
@@ -23,7 +23,7 @@ WIDTH = 64
 
 
 class Norms(nn.Module):
-    def __init__(self, _: WeightFormat) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.layer, self.rms = LayerNorm(WIDTH, 1e-6), RMSNorm(WIDTH, 1e-6)
 
@@ -34,7 +34,7 @@ class Norms(nn.Module):
 
 
 class Activations(nn.Module):
-    def __init__(self, _: WeightFormat) -> None:
+    def __init__(self) -> None:
         super().__init__()
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -42,7 +42,7 @@ class Activations(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, _: WeightFormat) -> None:
+    def __init__(self) -> None:
         super().__init__()
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -53,10 +53,8 @@ class Attention(nn.Module):
 def test_emitted_equals_eager(kind: type[nn.Module], tmp_path: Path) -> None:
     spec = TensorSpec(dtype="float32", shape=("batch", "length", WIDTH))
     io = GraphIO(inputs={"x": spec, "y": spec}, outputs={"z": spec})
-    module = _filled(kind(FLOAT32))
-    path = _export(
-        GraphPlan(name="resampler", module=kind, io=io, weights={}), FLOAT32, dict(module.named_parameters()), tmp_path
-    )
+    module = _filled(kind())
+    path = _export(GraphPlan(name="resampler", module=kind, io=io, weights={}), dict(module.named_parameters()), tmp_path)
     x, y = torch.randn(2, 3, 9, WIDTH)
     (found,) = cpu_session(path, session_options(1)).run(None, {"x": x.numpy(), "y": y.numpy()})
     np.testing.assert_allclose(found, module(x, y).detach().numpy(), rtol=1e-5, atol=1e-5)
@@ -72,8 +70,8 @@ def test_decoder_reads_in_one_piece_in_chunks_and_after_a_cache(batch: int, chun
     )  # fmt: skip
     module = _filled(Decoder(config))
     io = decoder_io(50, WIDTH, key_value_cache(2, 2, 32))
-    plan = GraphPlan(name="decoder_with_past", module=lambda weights: Decoder(config, weights), io=io, weights={})
-    path = _export(plan, FLOAT32, dict(module.named_parameters()) | dict(module.named_buffers()), tmp_path)
+    plan = GraphPlan(name="decoder_with_past", module=lambda: Decoder(config), io=io, weights={})
+    path = _export(plan, dict(module.named_parameters()) | dict(module.named_buffers()), tmp_path)
     session = cpu_session(path, session_options(1))
     ids = np.arange(batch * 12).reshape(batch, 12) * 7 % 50
     visual, at = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32), np.array([1, 2, batch * 12 - 1])
@@ -119,9 +117,9 @@ def _filled(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False)
 
 
-def _export(plan: GraphPlan, weights: WeightFormat, values: Mapping[str, torch.Tensor], folder: Path) -> Path:
+def _export(plan: GraphPlan, values: Mapping[str, torch.Tensor], folder: Path) -> Path:
     """The traced graph with `values` inside it."""
-    model, _ = trace(plan, weights)
+    model, _ = trace(plan)
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             value.const_value = ir.tensor(values[name].detach().numpy(), name=name)

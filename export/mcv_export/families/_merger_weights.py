@@ -37,13 +37,13 @@ def vision_plans(config: SiglipConfig, merge_after: int, *, full: GraphName, pla
     return (
         GraphPlan(
             name=full,
-            module=lambda weights: WindowSiglipTower(config, merge_after, weights),
+            module=lambda: WindowSiglipTower(config, merge_after),
             io=window_vision_encoder_io(config.patch_size, config.hidden_size, 16),
             weights=same(shared | own, config.num_layers),
         ),
         GraphPlan(
             name=plain,
-            module=lambda weights: WindowSiglipTower(config, None, weights),
+            module=lambda: WindowSiglipTower(config, None),
             io=window_vision_encoder_io(config.patch_size, config.hidden_size, 4),
             weights=same(shared, config.num_layers),
             shares=full,
@@ -55,7 +55,7 @@ def merger_plan(vision_size: int, hidden_size: int) -> GraphPlan:
     names = cfg.affine({n: f"model.merger.mlp.0.{n}" for n in ("pre_norm", "linear_1", "linear_2")})
     return GraphPlan(
         name="merger",
-        module=lambda weights: Merger(vision_size, hidden_size, weights),
+        module=lambda: Merger(vision_size, hidden_size),
         io=merger_io(vision_size, hidden_size),
         weights=same(names),
     )
@@ -80,7 +80,7 @@ def decoder_plan(config: HybridConfig) -> GraphPlan:
         cache += _cache(config, index)
     return GraphPlan(
         name="decoder_with_past",
-        module=lambda weights_format: HybridDecoder(config, weights_format),
+        module=lambda: HybridDecoder(config),
         io=positioned_decoder_io(config.vocab_size, config.hidden_size, tuple(cache), axes=3 if config.mrope_section else 1),
         weights=weights,
         computed={

@@ -105,7 +105,7 @@ def vision_encoder(config: SiglipConfig) -> GraphPlan:
     }
     return GraphPlan(
         name="vision_encoder",
-        module=lambda weights: SiglipTower(config, weights),
+        module=lambda: SiglipTower(config),
         io=vision_encoder_io(config.patch_size, config.hidden_size),
         weights=same(names, config.num_layers),
     )
@@ -116,7 +116,7 @@ def resampler(config: ResamplerConfig, *, temporal: bool = False) -> GraphPlan:
     times = {"time_frequencies": lambda: time_frequencies(width).numpy()} if temporal else {}
     return GraphPlan(
         name="resampler",
-        module=lambda weights: (TemporalResampler if temporal else Resampler)(config, weights),
+        module=lambda: (TemporalResampler if temporal else Resampler)(config),
         io=resampler_io(config.vision_size, config.num_queries, width, temporal=temporal),
         weights=resampler_weights(config, "resampler"),
         computed={"frequencies": lambda: position_frequencies(width).numpy(), **times},
@@ -175,7 +175,7 @@ def decoder(
     added = {f"layers.*.{name.rpartition('.')[2]}.weight": f"{layer}.{name}.weight" for name in sublayers}
     return GraphPlan(
         name="decoder_with_past",
-        module=lambda weights: Decoder(config, weights),
+        module=lambda: Decoder(config),
         io=decoder_io(
             config.vocab_size, config.hidden_size, key_value_cache(config.num_layers, config.num_kv_heads, config.head_dim)
         ),

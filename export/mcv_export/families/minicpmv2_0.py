@@ -107,7 +107,7 @@ def _vision_encoder(config: SiglipConfig) -> GraphPlan:
     )
     return GraphPlan(
         name="vision_encoder",
-        module=lambda weights: ResizedSiglipTower(config, weights),
+        module=lambda: ResizedSiglipTower(config),
         io=resized_vision_encoder_io(config.patch_size, width, config.position_table_side),
         weights={**same({**names, "position_embedding.weight": "vpm.pos_embed"}, config.num_layers), **packed},
     )

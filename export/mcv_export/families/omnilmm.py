@@ -137,7 +137,7 @@ def _vision_encoder(config: EvaConfig, checkpoint: Checkpoint) -> GraphPlan:
     }
     return GraphPlan(
         name="vision_encoder",
-        module=lambda weights: EvaTower(config, weights),
+        module=lambda: EvaTower(config),
         io=fixed_vision_encoder_io(config.patch_size, width, patches),
         weights={**same(names, config.num_layers), **packed},
         computed={"class_token": class_token, "positions": lambda: _resized(table()[1:], config.grid_side, antialias=True)},
@@ -154,7 +154,7 @@ def _resampler(config: ResamplerConfig, tower: EvaConfig, checkpoint: Checkpoint
 
     return GraphPlan(
         name="resampler",
-        module=lambda weights: FixedResampler(config, patches, weights),
+        module=lambda: FixedResampler(config, patches),
         io=fixed_resampler_io(config.vision_size, patches, config.num_queries, config.hidden_size),
         weights=parts.resampler_weights(config, _RESAMPLER),
         computed={"frequencies": lambda: position_frequencies(config.hidden_size).numpy(), "key_positions": key_positions},

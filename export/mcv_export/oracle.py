@@ -1,0 +1,84 @@
+"""A checkpoint's own engine: the runtime's preprocessing and prompts, with torch in the place of ONNX Runtime."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import torch
+from torch import nn
+
+from mcv_export import config as cfg
+from mcv_export.checkpoint import Checkpoint
+from mcv_export.eager import eager_module
+from mcv_export.plan import ModelPlan
+from mcv_graphs.contract import GraphIO
+from mcv_runtime.engine import Engine, load
+from mcv_runtime.errors import OptionError
+from mcv_runtime.manifest import FILE_NAME, GraphName, GraphSpec
+
+
+class TorchSession:
+    """A session over a module, which is made when it is first needed.
+
+    It runs whole sequences: a cache that is given must be as long as what it holds. There is no io binding, so such an engine
+    encodes pictures and scores texts, but does not write answers.
+    """
+
+    def __init__(self, module: Callable[[], nn.Module], io: GraphIO) -> None:
+        self._make, self._io = module, io
+        self._module: nn.Module | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        if self._module is None:
+            self._module = self._make()
+        return self._module
+
+    def run(self, output_names: list[str] | None, input_feed: dict[str, Any]) -> Any:
+        """As `onnxruntime.InferenceSession.run`."""
+        given = {name: torch.from_numpy(value) for name, value in input_feed.items()}
+        arguments: list[Any] = [given[name] for name in self._io.inputs]
+        if self._io.cache:
+            arguments.append([given[entry.input] for entry in self._io.cache])
+        with torch.inference_mode():
+            result = self.module(*arguments)
+        first, cache = result if self._io.cache else (result, [])
+        outputs = dict(zip(self._io.all_outputs, (tensor.numpy() for tensor in (first, *cache)), strict=True))
+        return [outputs[name] for name in output_names or outputs]
+
+    def io_binding(self) -> Any:
+        raise OptionError("torch scores whole sequences here; build a bundle to write answers")
+
+    def run_with_iobinding(self, iobinding: Any) -> None:
+        self.io_binding()
+
+
+def oracle_engine(plan: ModelPlan, checkpoint: Checkpoint, modules: Mapping[GraphName, nn.Module] | None = None) -> Engine:
+    """An engine whose graphs are the plan's modules in float, or the given ones in their place."""
+    given = modules or {}
+    sessions: dict[str, TorchSession] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        specs: dict[GraphName, GraphSpec] = {}
+        for graph in plan.graphs:
+
+            def make(graph: Any = graph) -> nn.Module:
+                return given[graph.name] if graph.name in given else eager_module(graph, checkpoint)
+
+            sessions[graph.name] = TorchSession(make, graph.io)
+            specs[graph.name] = GraphSpec(
+                file=graph.name, precision="fp32", inputs=graph.io.all_inputs, outputs=graph.io.all_outputs
+            )
+            (folder / graph.name).touch()
+        manifest = plan.manifest(family="", model=checkpoint.folder.name, graphs=specs)
+        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        cfg.copy_texts(checkpoint, folder, plan.chat_template)
+
+        def open_module(path: Path, options: ort.SessionOptions) -> TorchSession:
+            return sessions[path.name]
+
+        return load(folder, session_factory=open_module)

@@ -1,0 +1,153 @@
+"""Where each weight of a graph comes from: rows put together from a checkpoint's tensors, and what calibration does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mcv_calibration.measured import Measured
+from mcv_export.checkpoint import Checkpoint, LoadedTensor, StoredTensor, matrix_shape
+from mcv_export.plan import GraphPlan, Part, Transform
+from mcv_export.storage import IN_FLOAT, Storage, common_factors, feed_forward, folds
+from mcv_graphs.layers import Embedding, Linear
+from mcv_runtime.errors import CheckpointError, OptionError
+
+CHUNK_VALUES = 1 << 23
+"""Float values held at once (32 MB); quantizing needs a few times that."""
+
+_TRANSFORMS: dict[Transform, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
+    "plus_one": lambda values: values + np.float32(1),
+    "negative_exp": lambda values: -np.exp(values),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A weight [rows, columns] put together from checkpoint tensors; a vector has one column.
+
+    Of what they hold, the kept rows and columns remain, multiplied by the factors of each.
+    """
+
+    shape: tuple[int, int]
+    parts: tuple[tuple[Part, StoredTensor | LoadedTensor, int], ...]  # the last is the part's number of rows
+    kept_rows: NDArray[np.int64] | None = None
+    kept_columns: NDArray[np.int64] | None = None
+    row_factors: NDArray[np.float32] | None = None
+    column_factors: NDArray[np.float32] | None = None
+
+    def rows(self, first: int, last: int) -> NDArray[np.float32]:
+        """Rows [first, last) as float32."""
+        if self.kept_rows is None:
+            values = self._stored(first, last)
+        else:
+            kept = self.kept_rows[first:last]
+            values = self._stored(int(kept[0]), int(kept[-1]) + 1)[kept - kept[0]]
+        if self.kept_columns is not None:
+            values = values[:, self.kept_columns]
+        if self.row_factors is not None:
+            values = values * self.row_factors[first:last, None]
+        return values if self.column_factors is None else values * self.column_factors
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def all(self) -> NDArray[np.float32]:
+        """Every row."""
+        return self.rows(0, self.shape[0])
+
+    def chunks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """All rows in order: (first row, rows)."""
+        step = max(CHUNK_VALUES // self.shape[1], 1)
+        for first in range(0, self.shape[0], step):
+            yield first, self.rows(first, min(first + step, self.shape[0]))
+
+    def _stored(self, first: int, last: int) -> NDArray[np.float32]:
+        """Rows as the checkpoint has them."""
+        pieces = []
+        start = 0
+        for part, tensor, count in self.parts:
+            low, high = max(first - start, 0), min(last - start, count)
+            if low < high:
+                if part.transposed:
+                    rows = tensor.rows(0, tensor.shape[0]).T[part.offset + low : part.offset + high]
+                else:
+                    rows = tensor.rows(part.offset + low, part.offset + high)
+                rows = rows if part.transform is None else _TRANSFORMS[part.transform](rows)
+                pieces.append(rows if part.scale == 1 else rows * np.float32(part.scale))
+            start += count
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def resolve(plan: GraphPlan, checkpoint: Checkpoint, storage: Storage = IN_FLOAT) -> dict[str, Source]:
+    """Where each parameter comes from; raises `CheckpointError` for a tensor that is missing or of another shape."""
+    with torch.device("meta"):
+        module = plan.module()
+    sources = {}
+    for name, (rows, columns) in _parameter_shapes(module).items():
+        if name in plan.computed:
+            continue
+        parts = []
+        for part in plan.weights[name]:
+            tensor = checkpoint.tensor(part.tensor)
+            count = rows if part.rows is None else part.rows
+            wanted = (part.stored or count, columns)
+            if part.transposed:
+                wanted = wanted[::-1]
+            if matrix_shape(tensor.shape) != wanted:
+                want = list(wanted) if len(tensor.shape) > 1 or columns > 1 else [wanted[0]]
+                raise CheckpointError(f"tensor {part.tensor} has shape {list(tensor.shape)}, but config.json asks for {want}")
+            if isinstance(tensor, StoredTensor) and tensor.dtype not in ("F32", "F16", "BF16"):
+                raise CheckpointError(
+                    f"tensor {part.tensor} has type {tensor.dtype}; build from a checkpoint in bf16, fp16 or fp32"
+                )
+            parts.append((part, tensor, count))
+        sources[name] = Source((rows, columns), tuple(parts))
+    return _adjusted(sources, module, storage.measured)
+
+
+def _adjusted(sources: dict[str, Source], module: nn.Module, measured: Measured) -> dict[str, Source]:
+    """The sources without the channels that are left out, and smoothed: a norm gives less, what reads it takes more."""
+    for path, channels in measured.kept.items():
+        inner, outer = feed_forward(module, path)
+        weight = sources[f"{outer}.weight"]
+        if channels[-1] >= weight.shape[1]:
+            raise OptionError(f"{path} has {weight.shape[1]} feed-forward channels, none with the number {channels[-1]}")
+        sources[f"{outer}.weight"] = replace(weight, shape=(weight.shape[0], len(channels)), kept_columns=channels)
+        for name in (f"{layer}.{kind}" for layer in inner for kind in ("weight", "bias")):
+            if name in sources:
+                one = sources[name]
+                sources[name] = replace(one, shape=(len(channels), one.shape[1]), kept_rows=channels)
+    smoothed = dict(measured.smoothing)
+    for norm, layers in folds(module):
+        factors = common_factors(measured, layers)
+        if factors is not None:
+            for name in (f"{norm}.weight", f"{norm}.bias"):
+                if name in sources:
+                    sources[name] = replace(sources[name], row_factors=np.reciprocal(factors))
+            smoothed |= dict.fromkeys(layers, factors)
+    for path, factors in smoothed.items():
+        weight = sources[f"{path}.weight"]
+        if len(factors) != weight.shape[1]:
+            raise OptionError(f"the smoothing of {path} is for {len(factors)} channels, it has {weight.shape[1]}")
+        sources[f"{path}.weight"] = replace(weight, column_factors=factors)
+    return sources
+
+
+def _parameter_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """[out, in] of each parameter as the checkpoint has it, by name; a vector has one column."""
+    shapes = {}
+    for path, child in module.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(child, Linear):
+            shapes[f"{prefix}weight"] = (child.out_features, child.in_features)
+        elif isinstance(child, Embedding):
+            shapes[f"{prefix}weight"] = (child.rows, child.width)
+        for name, value in child.named_parameters(recurse=False):
+            shapes.setdefault(f"{prefix}{name}", (value.shape[0], int(np.prod(value.shape[1:]))))
+    return shapes

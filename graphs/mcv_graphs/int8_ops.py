@@ -1,0 +1,55 @@
+"""Products of 8-bit integers, with the two bodies of `ops`: the plain one rounds as the operators do, so that the two agree.
+
+A weight is int8 [K, N] with a scale for each output channel and no zero point. On x86 the fast kernels take uint8 activations
+and int8 weights; both signed was twelve times slower there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mcv_graphs.ops import emits
+
+_LEVELS = 255
+
+
+def static_matmul(
+    x: Tensor, qweight: Tensor, weight_scales: Tensor, input_scale: Tensor, input_zero_point: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`x @ W + bias`, x rounded to 8 bits in a range that is known beforehand: x [..., K] -> [..., N].
+
+    input_scale [] float32; input_zero_point [], uint8 or int8, whose type the rounded x has.
+    """
+    if emits():
+        dtype, shape = input_zero_point.dtype, (*x.shape[:-1], qweight.shape[1])
+        inputs = (x, input_scale, input_zero_point)
+        rounded = torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=dtype, shape=x.shape)
+        operands = (rounded, qweight, input_scale, weight_scales, input_zero_point, None, bias)
+        name = "com.microsoft::MatMulIntegerToFloat"
+        return torch.onnx.ops.symbolic(name, operands, dtype=torch.float32, shape=shape, version=1)
+    limits = torch.iinfo(input_zero_point.dtype)
+    zero = input_zero_point.float()
+    steps = (x / input_scale).round_().add_(zero).clamp_(limits.min, limits.max).sub_(zero)
+    return _scaled(steps, qweight, input_scale * weight_scales, bias)
+
+
+def dynamic_matmul(x: Tensor, qweight: Tensor, weight_scales: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ W + bias`, x rounded to 8 bits in the range that it has in this call, all of it together: [..., K] -> [..., N]."""
+    if emits():
+        operands = (x, qweight, weight_scales, None, bias)
+        name, shape = "com.microsoft::DynamicQuantizeMatMul", (*x.shape[:-1], qweight.shape[1])
+        return torch.onnx.ops.symbolic(name, operands, dtype=torch.float32, shape=shape, version=1)
+    if not x.numel():
+        return x.new_zeros(*x.shape[:-1], qweight.shape[1])
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = (high - low) / _LEVELS
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = (-low / scale).round()
+    steps = (x / scale).round_().add_(zero).clamp_(0, _LEVELS).sub_(zero)
+    return _scaled(steps, qweight, scale * weight_scales, bias)
+
+
+def _scaled(steps: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    y = (steps @ qweight.float()) * scales
+    return y if bias is None else y + bias
