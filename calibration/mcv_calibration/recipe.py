@@ -68,8 +68,7 @@ class GraphRecipe:
     @property
     def needs_samples(self) -> bool:
         """Whether it takes a look at the model at work."""
-        smooths = self.in_int8 and self.smoothing > 0
-        return bool(smooths or "int8-static" in self.precisions or self.prune_ffn or (self.in_blocks and self.method == "gptq"))
+        return bool("int8-static" in self.precisions or self.prune_ffn or (self.in_blocks and self.method == "gptq"))
 
     def precision_of(self, path: str) -> Precision:
         """A layer's precision."""
@@ -83,7 +82,7 @@ class GraphRecipe:
             "method": self.in_blocks,
             "block_size": self.in_blocks,
             "ranges": "int8-static" in self.precisions,
-            "smoothing": self.in_int8,
+            "smoothing": "int8-static" in self.precisions,
             "prune_ffn": self.prune_ffn > 0,
         }
         values = {f.name: getattr(self, f.name) for f in fields(self) if told.get(f.name, True)}

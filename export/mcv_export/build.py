@@ -9,27 +9,19 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import onnx_ir as ir
-import torch
-
-from mcv_calibration.formats import layer_formats
-from mcv_calibration.recipe import GraphRecipe, Precision, Recipe
-from mcv_calibration.target import Target
+from mcv_calibration.recipe import Precision, Recipe
 from mcv_export import config as cfg
 from mcv_export.checkpoint import Checkpoint, open_checkpoint
 from mcv_export.families import recognise
-from mcv_export.plan import GraphPlan, ModelPlan
+from mcv_export.graph_files import DataFile, Progress, storage_of, write_graph, write_sharing_graph
+from mcv_export.plan import ModelPlan
 from mcv_export.precision import SUFFIXES, recipe_of, resolved
-from mcv_export.sources import resolve
-from mcv_export.storage import Storage
 from mcv_export.text_graphs import write_text_graphs
-from mcv_export.trace import trace
-from mcv_export.weights import layout, point, write_weights
 from mcv_runtime.errors import CheckpointError, OutputError
 from mcv_runtime.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest
 
@@ -77,18 +69,6 @@ class BuildResult:
     """What a user should know before using the bundle."""
 
 
-@dataclass(frozen=True, slots=True)
-class DataFile:
-    """A file of weights, and where each begins."""
-
-    path: Path
-    offsets: Mapping[str, int]
-
-
-Progress = Callable[[GraphName, int, int], None]
-"""Called with a graph's name, its parameters done, and its parameters in all."""
-
-
 def build(
     checkpoint_folder: Path,
     out: Path,
@@ -127,10 +107,10 @@ def build(
             storage = storage_of(graph, graph_recipe, recipe.target)
             path = folder / "onnx" / f"{graph.name}{SUFFIXES[precision]}.onnx"
             if graph.shares:
-                _build_shared(graph, storage, data[graph.shares], path)
+                write_sharing_graph(graph, storage, data[graph.shares], path)
                 size = path.stat().st_size
             else:
-                data[graph.name] = _build_graph(graph, storage, checkpoint, path, progress)
+                data[graph.name] = write_graph(graph, storage, checkpoint, path, progress)
                 size = path.stat().st_size + data[graph.name].path.stat().st_size
             built.append(BuiltGraph(name=graph.name, precision=precision, size=size, seconds=time.perf_counter() - began))
             specs[graph.name] = GraphSpec(
@@ -156,44 +136,6 @@ def _tools(options: BuildOptions) -> list[str]:
     """Distributions whose versions matter to what is built."""
     tools = ["minicpmv-onnx", "torch", "onnx-ir", "onnxscript"]
     return [*tools, "onnxruntime-extensions"] if options.text_graphs else tools
-
-
-def storage_of(graph: GraphPlan, recipe: GraphRecipe, target: Target) -> Storage:
-    """How a recipe stores a graph."""
-    with torch.device("meta"):
-        module = graph.module()
-    return Storage(formats=layer_formats(module, recipe, target), method=recipe.method)
-
-
-def _build_graph(graph: GraphPlan, storage: Storage, checkpoint: Checkpoint, path: Path, progress: Progress) -> DataFile:
-    """Write a graph to `path` and its weights beside it."""
-    sources = resolve(graph, checkpoint, storage)
-    model, module = trace(graph, storage)
-    total = sum(rows * columns for rows, columns in (source.shape for source in sources.values()))
-    done = 0
-
-    def advance(parameters: int) -> None:
-        nonlocal done
-        done += parameters
-        progress(graph.name, done, total)
-
-    progress(graph.name, 0, total)
-    needed, free = layout(model, module, storage.twins(graph, module))[1], shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise OutputError(f"no space left for {path.name}: it needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
-    file = path.with_name(f"{path.name}.data")
-    offsets = write_weights(file, model, module, sources, graph, storage, advance)
-    ir.save(model, path)
-    return DataFile(file, offsets)
-
-
-def _build_shared(graph: GraphPlan, storage: Storage, data: DataFile, path: Path) -> None:
-    """Write a graph to `path` that reads its weights from another graph's file."""
-    model, module = trace(graph, storage)
-    needed = layout(model, module, storage.twins(graph, module))[0].keys()
-    assert needed <= data.offsets.keys(), f"{graph.name} has weights that {graph.shares} has not"
-    point(model, data.path, {name: data.offsets[name] for name in needed})
-    ir.save(model, path)
 
 
 def _reject_unknown_tensors(plan: ModelPlan, checkpoint: Checkpoint, title: str) -> None:

@@ -177,8 +177,8 @@ def matmul_nbits(
     """`x @ W + bias` with W block-quantized along its input width: x [..., K] -> [..., N].
 
     qweight uint8 [N, blocks, block_size * bits / 8], two 4-bit values a byte, low half first; scales [N, blocks];
-    zero_points uint8 [N, ceil(blocks * bits / 8)], absent = 2 ** (bits - 1). `accuracy_level=4` computes in int8: 17 times
-    faster than 0.
+    zero_points uint8 [N, ceil(blocks * bits / 8)], absent = 2 ** (bits - 1). `accuracy_level=4` computes in int8, each block of
+    x rounded to 127 levels a side: 17 times faster than 0.
     """
     width, out = x.shape[-1], qweight.shape[0]
     if emits():
@@ -186,7 +186,7 @@ def matmul_nbits(
         attributes = {"K": width, "N": out, "bits": bits, "block_size": block_size, "accuracy_level": 4}
         return emit("com.microsoft::MatMulNBits", inputs, [(*x.shape[:-1], out)], **attributes)[0]
     weight = dequantize(qweight, scales, zero_points, bits)[:, :width]
-    return F.linear(x, weight, bias)
+    return F.linear(_rounded_blocks(x, block_size), weight, bias)
 
 
 def gather_block_quantized(
@@ -198,9 +198,10 @@ def gather_block_quantized(
         inputs = (table, indices, scales, zero_points)
         attributes = {"bits": bits, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1}
         return emit("com.microsoft::GatherBlockQuantized", inputs, [(*indices.shape, width)], **attributes)[0]
-    blocks = scales.shape[1]
-    rows = dequantize(table.unflatten(1, (blocks, -1)), scales, zero_points, bits)
-    return F.embedding(indices, rows[:, :width])
+    wanted = indices.flatten()
+    zeros = None if zero_points is None else zero_points[wanted]
+    rows = dequantize(table[wanted].unflatten(1, (scales.shape[1], -1)), scales[wanted], zeros, bits)
+    return rows.unflatten(0, indices.shape)
 
 
 def tied_logits(x: Tensor, table: Tensor) -> Tensor:
@@ -208,6 +209,15 @@ def tied_logits(x: Tensor, table: Tensor) -> Tensor:
     if emits():
         return emit("Gemm", (x, table), [(x.shape[0], table.shape[0])], transB=1)[0]
     return F.linear(x, table)
+
+
+def _rounded_blocks(x: Tensor, block_size: int) -> Tensor:
+    """x [..., K] as the operator sees it: each block of K rounded to multiples of a 127th of its largest value."""
+    padding = -x.shape[-1] % block_size
+    blocks = F.pad(x, (0, padding)).unflatten(-1, (-1, block_size))
+    steps = blocks.abs().amax(-1, keepdim=True) / 127
+    inverse = torch.where(steps > 0, 1 / steps, torch.zeros_like(steps))
+    return ((blocks * inverse).round_() * steps).flatten(-2)[..., : x.shape[-1]]
 
 
 def dequantize(qweight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
