@@ -1,13 +1,23 @@
-"""Weight-only quantization, a block of consecutive input channels at a time, rounding to nearest."""
+"""Weight-only quantization, a block of consecutive input channels at a time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mcv_calibration.grids import Floats, Grid, nearest
+from mcv_calibration.hqq import hqq
+from mcv_calibration.k_quant import k_quant
 from mcv_graphs.layers import WeightFormat
+from mcv_runtime.errors import OptionError
+
+Method = Literal["rtn", "k-quant", "hqq"]
+METHODS: tuple[Method, ...] = ("rtn", "k-quant", "hqq")
+_TILE_BLOCKS = 4096
+"""Blocks that are worked on at once: few enough for a processor's cache, which is what makes the searches affordable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,39 +29,93 @@ class Blocks:
     zero_points: NDArray[np.uint8] | None
 
 
-def quantize_rows(rows_NK: NDArray[np.float32], weights: WeightFormat) -> Blocks:
-    """Quantize [N, K]; each row of each block of K gets a scale, and without symmetry a zero point."""
+def quantize_rows(rows_NK: Floats, weights: WeightFormat, method: Method = "rtn", importance_K: Floats | None = None) -> Blocks:
+    """Quantize [N, K]; each row of each block of K gets a scale, and without symmetry a zero point.
+
+    `importance_K`: how much an error of each input channel weighs, for example its mean square; k-quant alone heeds it.
+    """
+    if method not in METHODS:
+        raise OptionError(f"method {method!r} is none of {', '.join(METHODS)}")
     rows, width = rows_NK.shape
-    blocks, size = weights.blocks(width), weights.block_size
-    if padding := blocks * size - width:
-        rows_NK = np.pad(rows_NK, ((0, 0), (0, padding)))
-    values = rows_NK.reshape(rows, blocks, size)
-    levels = 2**weights.bits - 1
-    low, high = np.minimum(values.min(2), 0), np.maximum(values.max(2), 0)
-    if weights.symmetric:
-        scales = np.maximum(-low, high) / np.float32(levels // 2)
+    if importance_K is not None and importance_K.shape != (width,):
+        raise OptionError(f"importance of {importance_K.shape} channels for a weight of {width}; measure this very layer")
+    count, size = weights.blocks(width), weights.block_size
+    result = BlockRows(rows, width, weights)
+    step = max(_TILE_BLOCKS // count, 1)
+    tile = np.zeros((min(step, rows), count * size), np.float32)
+    spread = None if importance_K is None else _spread(importance_K, count, size, len(tile))
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        tile[: last - first, :width] = rows_NK[first:last]
+        values = np.ascontiguousarray(tile[: last - first].reshape(-1, size).T)
+        here = None if spread is None else spread[:, : values.shape[1]]
+        result.put(first, last, values, _grid(values, weights, method, here))
+    return result.blocks()
+
+
+class BlockRows:
+    """Blocks that are filled in, some rows at a time."""
+
+    def __init__(self, rows: int, width: int, weights: WeightFormat) -> None:
+        count = weights.blocks(width)
+        self._bits, self._symmetric = weights.bits, weights.symmetric
+        self._qweight = np.empty((rows, count, weights.block_size * weights.bits // 8), np.uint8)
+        self._scales = np.empty((rows, count), np.float32)
+        self._zeros = np.empty((rows, count), np.uint8)
+
+    def put(self, first: int, last: int, values_SM: Floats, grid: Grid) -> None:
+        """All blocks of rows [first, last), row by row."""
+        steps = grid.steps(values_SM).astype(np.uint8)
+        self._qweight[first:last] = _pack(steps, self._bits).T.reshape(self._qweight[first:last].shape)
+        self._scales[first:last] = grid.scales.reshape(last - first, -1)
+        self._zeros[first:last] = grid.zeros.reshape(last - first, -1)
+
+    def put_block(self, block: int, steps_SN: Floats, grid: Grid) -> None:
+        """One block of every row, its values rounded before."""
+        self._qweight[:, block] = _pack(steps_SN.astype(np.uint8), self._bits).T
+        self._scales[:, block] = grid.scales
+        self._zeros[:, block] = grid.zeros
+
+    def blocks(self) -> Blocks:
+        zeros = None if self._symmetric else np.ascontiguousarray(_pack(self._zeros.T, self._bits).T)
+        return Blocks(qweight=self._qweight, scales=self._scales, zero_points=zeros)
+
+
+def dequantize_rows(blocks: Blocks, weights: WeightFormat, width: int) -> Floats:
+    """What the blocks stand for: [N, width] float32."""
+    steps = _unpack(blocks.qweight, weights.bits)
+    if blocks.zero_points is None:
+        steps -= np.float32(2 ** (weights.bits - 1))
     else:
-        scales = (high - low) / np.float32(levels)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-    if weights.symmetric:
-        zeros = np.full_like(scales, 2 ** (weights.bits - 1))
-    else:
-        zeros = np.rint(-low * inverse)
-    steps = values * inverse[..., None]
-    np.rint(steps, out=steps)
-    steps += zeros[..., None]
-    np.clip(steps, 0, levels, out=steps)
-    return Blocks(
-        qweight=_pack(steps.astype(np.uint8), weights.bits),
-        scales=scales,
-        zero_points=None if weights.symmetric else _pack(zeros.astype(np.uint8), weights.bits),
-    )
+        steps -= _unpack(blocks.zero_points, weights.bits)[:, : blocks.scales.shape[1], None]
+    steps *= blocks.scales[..., None]
+    return np.ascontiguousarray(steps.reshape(len(steps), -1)[:, :width])
+
+
+def _grid(values_SM: Floats, weights: WeightFormat, method: Method, importance_SM: Floats | None) -> Grid:
+    if method == "k-quant":
+        return k_quant(values_SM, weights, importance_SM)
+    return hqq(values_SM, weights) if method == "hqq" else nearest(values_SM, weights)
+
+
+def _spread(importance_K: Floats, count: int, size: int, rows: int) -> Floats:
+    """[K] -> [size, rows * count], as the blocks of `rows` rows stand; padding weighs nothing."""
+    padded = np.zeros(count * size, np.float32)
+    padded[: len(importance_K)] = importance_K
+    return np.tile(padded.reshape(count, size).T, rows)
 
 
 def _pack(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Put two 4-bit values of the last axis into a byte, low half first; an odd one out is padded with 0."""
+    """Put two 4-bit values of the first axis into a byte, low half first; an odd one out is padded with 0."""
     if bits == 8:
         return values
-    if values.shape[-1] % 2:
-        values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 1)])
-    return (values[..., ::2] | values[..., 1::2] << 4).astype(np.uint8, copy=False)
+    if len(values) % 2:
+        values = np.pad(values, [(0, 1)] + [(0, 0)] * (values.ndim - 1))
+    return (values[::2] | values[1::2] << 4).astype(np.uint8, copy=False)
+
+
+def _unpack(packed: NDArray[np.uint8], bits: int) -> Floats:
+    """The values of the last axis; 4-bit ones come low half first."""
+    if bits == 8:
+        return packed.astype(np.float32)
+    return np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1).astype(np.float32)

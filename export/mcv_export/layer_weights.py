@@ -29,7 +29,8 @@ def quantized_chunks(layer: Linear | Embedding, path: str, source: Source, stora
         if isinstance(layer.format, Int8Format):
             yield first, int8_rows(rows, layer.format.largest)
         else:
-            yield first, _tensors(quantize_rows(rows, layer.format))
+            method = "k-quant" if storage.method == "gptq" else storage.method  # GPTQ's own are in `measured`
+            yield first, _tensors(quantize_rows(rows, layer.format, method))
 
 
 def constants(layer: Linear | Embedding, path: str, storage: Storage) -> dict[str, NDArray[Any]]:

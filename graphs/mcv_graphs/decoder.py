@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mcv_graphs import ops
+from mcv_graphs.layer_state import LayerState
 from mcv_graphs.layers import Embedding, FeedForward, Folds, Linear, RMSNorm
+
+DecoderState = LayerState[tuple[Tensor, Tensor]]
+"""With the call's `seqlens_k` and `total_sequence_length`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,24 +74,41 @@ class Decoder(nn.Module):
         GroupQueryAttention takes them; past: key and value of each layer in turn, [B, kv_heads, S, head_dim].
         Returns logits [R, vocab] and the new cache in past's order.
         """
+        inputs = (input_ids, vision_embeds, vision_positions, logit_positions, seqlens_k, total_sequence_length, past)
+        state = self.start(*inputs)
+        for index in range(len(self.layers)):
+            state = self.block(index, state)
+        return self.finish(state)
+
+    def start(
+        self,
+        input_ids: Tensor,
+        vision_embeds: Tensor,
+        vision_positions: Tensor,
+        logit_positions: Tensor,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
+        past: list[Tensor],
+    ) -> DecoderState:
+        """`forward` up to the first layer."""
         embeds = self.embed_tokens(input_ids)
         flat = embeds.flatten(0, 1).index_copy(0, vision_positions, vision_embeds)
         x = flat.view_as(embeds)
+        normed = cast(DecoderLayer, self.layers[0]).input_layernorm(x)
+        return LayerState(normed, x, logit_positions, past, [], (seqlens_k, total_sequence_length))
+
+    def block(self, index: int, state: DecoderState) -> DecoderState:
+        """`forward` through one layer, up to the next."""
         layers = cast(list[DecoderLayer], self.layers)
-        normed = layers[0].input_layernorm(x)
-        present: list[Tensor] = []
-        for index, layer in enumerate(layers):
-            attended, key, value = layer.attention(
-                normed, past[2 * index], past[2 * index + 1], seqlens_k, total_sequence_length, self.cos, self.sin
-            )
-            present += [key, value]
-            last = index + 1 == len(layers)
-            if last:  # only the wanted positions go through the last layer's remaining, wider part
-                attended, x = (t.flatten(0, 1).index_select(0, logit_positions) for t in (attended, x))
-            normed, x = layer.post_attention_layernorm.skip(x, layer.o_proj(attended))
-            next_norm = self.norm if last else layers[index + 1].input_layernorm
-            normed, x = next_norm.skip(x, layer.mlp(normed))
-        return self.lm_head(normed), present
+        key, value = state.past[2 * index : 2 * index + 2]
+        attended, key, value = layers[index].attention(state.normed, key, value, *state.call, self.cos, self.sin)
+        last = index + 1 == len(layers)
+        next_norm = self.norm if last else layers[index + 1].input_layernorm
+        return state.through(layers[index], attended, (key, value), next_norm, last=last)
+
+    def finish(self, state: DecoderState) -> tuple[Tensor, list[Tensor]]:
+        """What `forward` returns."""
+        return self.lm_head(state.normed), state.present
 
 
 class DecoderLayer(nn.Module):

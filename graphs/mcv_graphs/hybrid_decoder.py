@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mcv_graphs import ops
 from mcv_graphs import recurrent_ops as rec
+from mcv_graphs.layer_state import LayerState
 from mcv_graphs.layers import FLOAT32, Embedding, FeedForward, Folds, Linear, RMSNorm
 
 LayerKind = Literal["linear_attention", "full_attention"]
@@ -84,24 +85,44 @@ class HybridDecoder(nn.Module):
         As `mcv_graphs.decoder.Decoder.forward`, with position_ids [B, T], or [3, B, T] (time, row, column) where the config
         has sections. past: two tensors of each layer in turn, key and value or the convolution's inputs and the state.
         """
+        inputs = (input_ids, vision_embeds, vision_positions, position_ids, logit_positions, seqlens_k, total_sequence_length)
+        state = self.start(*inputs, past)
+        for index in range(len(self.layers)):
+            state = self.block(index, state)
+        return self.finish(state)
+
+    def start(
+        self,
+        input_ids: Tensor,
+        vision_embeds: Tensor,
+        vision_positions: Tensor,
+        position_ids: Tensor,
+        logit_positions: Tensor,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
+        past: list[Tensor],
+    ) -> LayerState[Call]:
+        """`forward` up to the first layer."""
         embeds = self.embed_tokens(input_ids)
         x = embeds.flatten(0, 1).index_copy(0, vision_positions, vision_embeds).view_as(embeds)
         call = Call(*self.rotary(position_ids), _row_numbers(input_ids), seqlens_k, total_sequence_length)
+        normed = cast(HybridLayer, self.layers[0]).input_layernorm(x)
+        return LayerState(normed, x, logit_positions, past, [], call)
+
+    def block(self, index: int, state: LayerState[Call]) -> LayerState[Call]:
+        """`forward` through one layer, up to the next."""
         layers = cast(list[HybridLayer], self.layers)
-        normed = layers[0].input_layernorm(x)
-        present: list[Tensor] = []
-        for index, layer in enumerate(layers):
-            mixed, first, second = layer.mix(normed, past[2 * index], past[2 * index + 1], call)
-            present += [first, second]
-            last = index + 1 == len(layers)
-            if last:  # only the wanted positions go through the last layer's remaining, wider part
-                mixed, x = (t.flatten(0, 1).index_select(0, logit_positions) for t in (mixed, x))
-            normed, x = layer.post_attention_layernorm.skip(x, layer.o_proj(mixed))
-            next_norm = self.norm if last else layers[index + 1].input_layernorm
-            normed, x = next_norm.skip(x, layer.mlp(normed))
+        first, second = state.past[2 * index : 2 * index + 2]
+        mixed, first, second = layers[index].mix(state.normed, first, second, state.call)
+        last = index + 1 == len(layers)
+        next_norm = self.norm if last else layers[index + 1].input_layernorm
+        return state.through(layers[index], mixed, (first, second), next_norm, last=last)
+
+    def finish(self, state: LayerState[Call]) -> tuple[Tensor, list[Tensor]]:
+        """What `forward` returns."""
         if self.shares_table and ops.emits():  # one float table for both; equally quantized ones share their bytes in the file
-            return ops.tied_logits(normed, self.embed_tokens.weight), present
-        return self.lm_head(normed), present
+            return ops.tied_logits(state.normed, self.embed_tokens.weight), state.present
+        return self.lm_head(state.normed), state.present
 
     @property
     def shares_table(self) -> bool:

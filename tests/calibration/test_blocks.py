@@ -7,13 +7,14 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from mcv_calibration.blocks import quantize_rows
+from mcv_calibration.blocks import METHODS, Method, dequantize_rows, quantize_rows
 from mcv_export.plan import GraphPlan
 from mcv_export.storage import Storage
 from mcv_export.trace import trace
 from mcv_graphs.contract import GraphIO
 from mcv_graphs.layers import Embedding, Linear, WeightFormat
 from mcv_graphs.ops import dequantize
+from mcv_runtime.errors import OptionError
 from mcv_runtime.manifest import TensorSpec
 from mcv_runtime.sessions import cpu_session, session_options
 
@@ -84,8 +85,76 @@ def test_onnxruntime_looks_rows_up_exactly(weights: WeightFormat, rows: np.ndarr
     np.testing.assert_allclose(found, _dequantize(rows, weights)[indices], rtol=1e-6, atol=1e-7)
 
 
-def _dequantize(rows: np.ndarray, weights: WeightFormat) -> np.ndarray:
-    blocks = quantize_rows(rows, weights)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+def test_numpy_reads_blocks_as_torch_does(weights: WeightFormat, method: Method, rows: np.ndarray) -> None:
+    for width in (256, 200):
+        blocks = quantize_rows(rows[:, :width], weights, method)
+        expected = _dequantize(rows[:, :width], weights, method)
+        np.testing.assert_array_equal(dequantize_rows(blocks, weights, width), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+def test_rows_do_not_depend_on_the_rows_beside_them(weights: WeightFormat, method: Method, rows: np.ndarray) -> None:
+    """A weight is quantized a few rows at a time."""
+    many = np.concatenate([rows] * 30)[:, :200]  # more than are worked on at once
+    alone = _dequantize(rows[:, :200], weights, method)
+    np.testing.assert_array_equal(_dequantize(many, weights, method), np.concatenate([alone] * 30))
+
+
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+def test_k_quant_has_the_least_squared_error(weights: WeightFormat, rows: np.ndarray) -> None:
+    errors = {method: _block_errors(rows, weights, method, 2).sum() for method in METHODS}
+    assert errors["k-quant"] < errors["hqq"] < errors["rtn"]
+    nearest = _block_errors(rows, weights, "rtn", 2)
+    assert (_block_errors(rows, weights, "k-quant", 2) <= nearest * 1.001 + 1e-9).all()
+
+
+def test_k_quant_is_close_to_the_best_of_all_grids() -> None:
+    """Of 40 spans and 16 zero points for each block: its error is within a hundredth of the best's."""
+    weights = WeightFormat(bits=4, block_size=32)
+    rows = np.random.default_rng(3).normal(size=(64, 32)).astype(np.float32)
+    steps = (rows.max(1) - rows.min(1))[:, None, None] * np.linspace(0.5, 1.1, 40)[None, :, None] / 15
+    zeros = np.arange(16)[None, None]
+    q = np.clip(np.rint(rows[..., None, None] / steps[:, None]) + zeros, 0, 15) - zeros
+    fitted = (q * rows[..., None, None]).sum(1) / np.maximum(np.square(q).sum(1), 1e-9)
+    best = np.square(q * fitted[:, None] - rows[..., None, None]).sum(1).min((1, 2)).sum()
+    assert best * 0.99 <= _block_errors(rows, weights, "k-quant", 2).sum() <= best * 1.01
+
+
+def test_k_quant_heeds_importance(rows: np.ndarray) -> None:
+    importance = np.random.default_rng(5).exponential(size=256).astype(np.float32) ** 3
+    for weights in FORMATS:
+        plain, weighted = (
+            np.square(dequantize_rows(quantize_rows(rows, weights, "k-quant", heeded), weights, 256) - rows) @ importance
+            for heeded in (None, importance)
+        )
+        assert weighted.sum() < plain.sum()
+    with pytest.raises(OptionError, match="measure this very layer"):
+        quantize_rows(rows, FORMATS[0], "k-quant", importance[:100])
+
+
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+def test_hqq_leaves_most_weights_closer(weights: WeightFormat, rows: np.ndarray) -> None:
+    """It minimises the sum of |error|^0.7, block by block never above that of rounding to nearest."""
+    nearest, found = (_block_errors(rows, weights, method, 0.7) for method in ("rtn", "hqq"))
+    assert (found <= nearest * 1.001 + 1e-6).all()
+    assert found.sum() < nearest.sum()
+
+
+def test_a_method_that_is_none(rows: np.ndarray) -> None:
+    with pytest.raises(OptionError, match="none of rtn, k-quant, hqq"):
+        quantize_rows(rows, FORMATS[0], "best")  # type: ignore[arg-type]
+
+
+def _block_errors(rows: np.ndarray, weights: WeightFormat, method: Method, power: float) -> np.ndarray:
+    errors = np.abs(_dequantize(rows, weights, method) - rows).astype(np.float64) ** power
+    return errors.reshape(len(rows), -1, min(weights.block_size, rows.shape[1])).sum(2)
+
+
+def _dequantize(rows: np.ndarray, weights: WeightFormat, method: Method = "rtn") -> np.ndarray:
+    blocks = quantize_rows(rows, weights, method)
     zeros = None if blocks.zero_points is None else torch.from_numpy(blocks.zero_points)
     back = dequantize(torch.from_numpy(blocks.qweight), torch.from_numpy(blocks.scales), zeros, weights.bits)
     return back[:, : rows.shape[1]].numpy()
