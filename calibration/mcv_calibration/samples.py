@@ -1,0 +1,189 @@
+"""What a model is calibrated with: pictures of the user's and questions about them, or a set drawn here."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from mcv_calibration.drawn import draw
+from mcv_runtime.errors import ImageError, OptionError
+from mcv_runtime.images import ImageSource, describe, open_picture
+
+_T = TypeVar("_T")
+
+QUESTIONS = (
+    "Describe the picture in detail.",
+    "图片里有什么？请详细描述。",
+    "What is written here? Read all of it.",
+    "请逐字读出图中的文字。",
+    "How many objects are there, and what colours do they have?",
+    "这张图的主要颜色和形状是什么？",
+    "Summarise what the picture shows in one sentence.",
+    "图中最重要的信息是什么？",
+)
+"""Asked in turn where no prompts are given."""
+FLAT = 2
+"""Largest difference of levels (of 255) in a picture that shows nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """Pictures and a question about them; `answer` is the right one, where it is known."""
+
+    images: tuple[ImageSource, ...]
+    prompt: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleSet:
+    """Samples whose pictures can all be opened. `skipped` names what could not be used, with the reason."""
+
+    samples: tuple[Sample, ...]
+    skipped: tuple[str, ...]
+    source: str
+
+    def content_hash(self) -> str:
+        """Of the pictures' content and the texts; the same files in another folder have the same."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            texts = [sample.prompt, sample.answer]
+            for content in (*(_content(image) for image in sample.images), json.dumps(texts).encode()):
+                digest.update(hashlib.sha256(content).digest())
+            digest.update(b"\0")
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """One line for a user."""
+        text = f"{len(self.samples)} samples from {self.source}"
+        return f"{text}, {len(self.skipped)} skipped ({'; '.join(self.skipped)})" if self.skipped else text
+
+
+def builtin_samples(count: int = 32, seed: int = 0) -> SampleSet:
+    """A set drawn by this package: photo-like scenes, textures, pages, charts, tables; the same for the same seed."""
+    _check(count)
+    samples = tuple(
+        Sample((draw(number, seed),), QUESTIONS[(number + number // len(QUESTIONS)) % len(QUESTIONS)])
+        for number in range(count)
+    )
+    return SampleSet(samples, (), "the built-in pictures")
+
+
+def folder_samples(folder: Path, prompts: Path | None = None, count: int = 32) -> SampleSet:
+    """At most `count` samples of a folder's pictures, those of its subfolders too, spread over all of them.
+
+    `prompts` is a .txt file of questions, one a line, asked in turn, or a .jsonl file of rows `{"image": path, "prompt": text}`
+    (`"images": [path, ...]` for several; `"answer": text` where it is known); paths start at that file or at the folder.
+    Raises `OptionError` where there is nothing to take, and `ImageError` if no picture can be opened or none shows anything.
+    """
+    _check(count)
+    if not folder.is_dir():
+        raise OptionError(f"{folder} is not a folder; give one with pictures like those the model will see")
+    rows = _rows(prompts, folder) if prompts is not None and prompts.suffix == ".jsonl" else None
+    if rows is None:
+        questions = itertools.cycle(QUESTIONS if prompts is None else _lines(prompts))
+        found = [path for path in sorted(folder.rglob("*")) if _is_picture(path.relative_to(folder)) and path.is_file()]
+        if not found:
+            raise OptionError(f"{folder} holds no pictures; put some there that are like those the model will see")
+        candidates: Iterator[Sample] = (Sample((path,), "") for path in _spread(found, count))
+    else:
+        candidates = iter(_spread(rows, count))
+    samples: list[Sample] = []
+    skipped: list[str] = []
+    shows = False
+    for sample in candidates:
+        if len(samples) == count:
+            break
+        try:
+            shows |= max(tuple(_shows_something(image) for image in sample.images))  # all are opened
+        except ImageError as error:
+            skipped.append(str(error).removeprefix(f"{folder}/"))
+            continue
+        samples.append(sample if rows is not None else Sample(sample.images, next(questions)))
+    if not samples:
+        raise ImageError(f"{folder} holds no picture that can be opened ({skipped[0]}); put others there")
+    if not shows:
+        raise ImageError(f"the pictures of {folder} are each one flat colour, from which no ranges can be told; add real ones")
+    return SampleSet(tuple(samples), tuple(skipped), str(folder))
+
+
+def _check(count: int) -> None:
+    if count < 1:
+        raise OptionError(f"the number of samples must be at least 1, not {count}")
+
+
+def _is_picture(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and path.suffix.lower() in Image.registered_extensions()
+
+
+def _shows_something(image: ImageSource) -> bool:
+    extrema: Any = open_picture(image).getextrema()
+    return any(high - low > FLAT for low, high in extrema)
+
+
+def _spread(items: Sequence[_T], count: int) -> list[_T]:
+    """`count` items at even distances, then the others in order, to take the places of those that cannot be used."""
+    if len(items) <= count:
+        return list(items)
+    chosen = dict.fromkeys(number * len(items) // count for number in range(count))
+    return [items[number] for number in (*chosen, *(n for n in range(len(items)) if n not in chosen))]
+
+
+def _lines(prompts: Path) -> list[str]:
+    lines = [line.strip() for line in _read(prompts).splitlines() if line.strip()]
+    if not lines:
+        raise OptionError(f"{prompts} holds no question; write one a line")
+    return lines
+
+
+def _rows(prompts: Path, folder: Path) -> list[Sample]:
+    """One sample for each row of a .jsonl file."""
+    samples = []
+    for number, line in enumerate(_read(prompts).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            names = row["images"] if "images" in row else [row["image"]]
+            prompt, answer = row["prompt"], row.get("answer")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            names, prompt, answer = None, None, None
+        texts = isinstance(prompt, str) and isinstance(answer, str | None)
+        if not texts or not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise OptionError(f'line {number} of {prompts} is not {{"image": path, "prompt": text}} (answer: text, if known)')
+        samples.append(Sample(tuple(_locate(name, prompts, folder) for name in names), prompt, answer))
+    if not samples:
+        raise OptionError(f'{prompts} is empty; write rows {{"image": path, "prompt": text}}')
+    return samples
+
+
+def _locate(name: str, prompts: Path, folder: Path) -> Path:
+    beside = prompts.parent / name
+    return beside if beside.exists() else folder / name
+
+
+def _read(prompts: Path) -> str:
+    try:
+        return prompts.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise OptionError(f"{prompts} cannot be read: {reason}; give a .txt or .jsonl file") from None
+
+
+def _content(image: ImageSource) -> bytes:
+    """What a picture's hash is taken of."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image | np.ndarray):
+        array = np.asarray(image)
+        return f"{describe(image)} {array.shape} {array.dtype}".encode() + array.tobytes()
+    return Path(image).read_bytes()

@@ -1,0 +1,96 @@
+"""Statistics on disk, under a hash of everything they depend on: calibration goes on where it was, or need not run at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_FORMAT = "1"
+"""Of the statistics; another number and nothing kept before is found."""
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """`$MCV_CACHE`, else where this system keeps what may be deleted."""
+    if chosen := os.environ.get("MCV_CACHE"):
+        return Path(chosen)
+    if platform.system() == "Darwin":
+        return Path.home() / "Library" / "Caches" / "mcv"
+    if platform.system() == "Windows" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "mcv" / "Cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mcv"
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Of a checkpoint: its files' names, sizes and times, because gigabytes take too long to hash."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    return content_hash(repr(stats))
+
+
+def content_hash(*parts: str) -> str:
+    """A hash that no other list of parts has."""
+    return hashlib.sha256("\0".join(f"{len(part)}:{part}" for part in parts).encode(errors="surrogatepass")).hexdigest()
+
+
+class Store:
+    """A folder of named arrays. `origin` tells apart what is measured: the checkpoint's `fingerprint` and the graph's name.
+
+    `every` is after how many samples a calibration that is under way is kept. A folder that cannot be written is warned of
+    once and then done without.
+    """
+
+    def __init__(self, origin: str, folder: Path | None = None, *, every: int = 8) -> None:
+        self._origin, self.every = origin, every
+        self._folder = cache_folder() / "calibration" if folder is None else folder
+        self._writable = True
+
+    def key(self, *parts: str) -> str:
+        """The name of an entry that depends on `origin` and these parts."""
+        return content_hash(_FORMAT, np.__version__, self._origin, *parts)
+
+    def load(self, key: str) -> dict[str, NDArray[Any]] | None:
+        """The arrays of an entry; None if there is none, or it is damaged and has been removed."""
+        path = self._path(key)
+        if not path.exists():
+            return None
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # reading checks each array's CRC
+                return {name: arrays[name] for name in arrays.files}
+        except _DAMAGE as error:
+            _log.warning("%s is damaged (%s) and is measured again", path, error)
+            path.unlink(missing_ok=True)
+            return None
+
+    def save(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Replace an entry as a whole: whoever reads sees the old one or the new one."""
+        if not self._writable:
+            return
+        path = self._path(key)
+        partial = path.with_suffix(f".{os.getpid()}")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            self._writable = False
+            _log.warning("%s cannot be written (%s): this calibration cannot be continued later", self._folder, error)
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}.npz"

@@ -1,0 +1,82 @@
+"""What is kept of a calibration: found again, replaced whole, and thrown away when damaged."""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mcv_calibration.store import Store, cache_folder, content_hash, fingerprint
+
+ARRAYS = {"a/b": np.arange(5000, dtype=np.float32), "done": np.array(3)}
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    store = Store("tiny vision_encoder", tmp_path / "cache")
+    key = store.key("samples", "layers")
+    assert store.load(key) is None
+    store.save(key, ARRAYS)
+    loaded = Store("tiny vision_encoder", tmp_path / "cache").load(key)
+    assert loaded is not None
+    assert loaded.keys() == ARRAYS.keys()
+    assert all(np.array_equal(loaded[name], array) for name, array in ARRAYS.items())
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"{key}.npz"]
+
+
+def test_keys_tell_everything_apart(tmp_path: Path) -> None:
+    one, other = Store("a", tmp_path), Store("b", tmp_path)
+    keys = [one.key("x", "y"), one.key("xy"), one.key("x", "y", ""), one.key("y", "x"), other.key("x", "y")]
+    assert len(set(keys)) == len(keys)
+    assert content_hash("a\0b") != content_hash("a", "b")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])
+def test_a_damaged_entry_is_discarded(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store("tiny", tmp_path)
+    key = store.key("x")
+    store.save(key, ARRAYS)
+    path = tmp_path / f"{key}.npz"
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(
+        {
+            "truncated": whole[:middle],
+            "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+            "empty": b"",
+            "other": b"not an archive" * 100,
+        }[damage]
+    )
+    with caplog.at_level(logging.WARNING):
+        assert store.load(key) is None
+    assert "is damaged" in caplog.text
+    assert not path.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store("tiny", tmp_path / "file" / "cache")
+    store.save(store.key("x"), ARRAYS)
+    store.save(store.key("x"), ARRAYS)
+    assert caplog.text.count("cannot be written") == 1
+    assert store.load(store.key("x")) is None
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MCV_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("MCV_CACHE")
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "mcv"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "mcv"
+
+
+def test_a_checkpoint_that_was_written_again_is_another(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"1234")
+    first = fingerprint([file])
+    assert fingerprint([file]) == first
+    os.utime(file, ns=(1, 1))
+    assert fingerprint([file]) != first
