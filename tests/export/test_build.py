@@ -58,7 +58,8 @@ def test_parity_with_the_eager_modules(
         assert largest["logits"] < 2e-3
         assert report["tokens_equal"] == report["tokens"]
     else:
-        assert min(largest.values()) > 1e-3, "a quantized graph cannot be this close: is it quantized?"
+        relative = {item["tensor"]: item["relative"] for item in report["differences"]}
+        assert max(relative.values()) < 0.03, "the module rounds as the graph does"
 
 
 def test_verify_notices_other_weights(
