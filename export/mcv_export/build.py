@@ -14,13 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mcv_calibration.measured import NOTHING
 from mcv_calibration.recipe import Precision, Recipe
+from mcv_calibration.samples import SampleSet
 from mcv_export import config as cfg
+from mcv_export.calibrate import SampleOptions, calibrate
 from mcv_export.checkpoint import Checkpoint, open_checkpoint
 from mcv_export.families import recognise
 from mcv_export.graph_files import DataFile, Progress, storage_of, write_graph, write_sharing_graph
 from mcv_export.plan import ModelPlan
-from mcv_export.precision import SUFFIXES, recipe_of, resolved
+from mcv_export.precision import SUFFIXES, Wishes, resolved
 from mcv_export.text_graphs import write_text_graphs
 from mcv_runtime.errors import CheckpointError, OutputError
 from mcv_runtime.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest
@@ -36,6 +39,8 @@ class BuildOptions:
     precision: Precision | Mapping[GraphName, Precision] = field(default_factory=dict)
     block_size: int = 32
     recipe: Recipe | None = None
+    samples: SampleOptions = field(default_factory=SampleOptions)
+    """What to calibrate with, where the recipe asks for it."""
     force: bool = False
     """Replace an output folder that exists."""
     text_graphs: bool = False
@@ -43,7 +48,11 @@ class BuildOptions:
 
     def chosen(self) -> Recipe:
         """The recipe, given or made of the simpler options; raises `OptionError`."""
-        return self.recipe or recipe_of(self.precision, block_size=self.block_size)
+        if self.recipe is not None:
+            return self.recipe
+        if isinstance(self.precision, str):
+            return Wishes(precision=self.precision, block_size=self.block_size).recipe()
+        return Wishes(graphs=self.precision, block_size=self.block_size).recipe()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +76,8 @@ class BuildResult:
     seconds: float
     notice: str | None
     """What a user should know before using the bundle."""
+    samples: SampleSet | None = None
+    """What it was calibrated with."""
 
 
 def build(
@@ -92,6 +103,7 @@ def build(
     plan = family.plan(checkpoint)
     _reject_unknown_tensors(plan, checkpoint, family.title)
     recipe = resolved(wanted, [graph.name for graph in plan.graphs if not graph.shares])
+    calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
     with _all_or_nothing(out) as folder:
         cfg.copy_texts(checkpoint, folder, plan.chat_template)
         if options.text_graphs:
@@ -104,7 +116,8 @@ def build(
             began = time.perf_counter()
             graph_recipe = recipe.graphs[graph.shares or graph.name]
             precision = graph_recipe.precision
-            storage = storage_of(graph, graph_recipe, recipe.target)
+            measured = calibration.graphs.get(graph.shares or graph.name, NOTHING)
+            storage = storage_of(graph, graph_recipe, recipe.target, measured)
             path = folder / "onnx" / f"{graph.name}{SUFFIXES[precision]}.onnx"
             if graph.shares:
                 write_sharing_graph(graph, storage, data[graph.shares], path)
@@ -128,8 +141,14 @@ def build(
             },
         )
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    seconds = time.perf_counter() - started
-    return BuildResult(folder=out, manifest=manifest, graphs=tuple(built), seconds=seconds, notice=plan.notice)
+    return BuildResult(
+        folder=out,
+        manifest=manifest,
+        graphs=tuple(built),
+        seconds=time.perf_counter() - started,
+        notice=plan.notice,
+        samples=calibration.samples,
+    )
 
 
 def _tools(options: BuildOptions) -> list[str]:

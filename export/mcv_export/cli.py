@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mcv_calibration.recipe import Precision
+from mcv_calibration.recipe import Method, Precision, Ranges
+from mcv_calibration.target import Target
 from mcv_export.memory import peak_rss_mb
 from mcv_runtime import terminal
 from mcv_runtime.bundle import Bundle
@@ -47,7 +48,8 @@ def build_command(
     precision: Annotated[
         Precision | None,
         typer.Option(
-            help="Weights of all graphs: fp32, or 8- or 4-bit blocks. Default: decoder q4, vision and resampler q8.",
+            help="Of all graphs: float, weights in 8- or 4-bit blocks, or 8-bit integers throughout, their ranges measured "
+            "beforehand (static) or in each call (dynamic). Default: decoder q4, vision and resampler q8.",
             show_default=False,
         ),
     ] = None,
@@ -56,9 +58,38 @@ def build_command(
         Precision | None, typer.Option("--resampler", "--merger", show_default=False, help="Precision of this graph.")
     ] = None,
     decoder: Override = None,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Keep a q4 decoder's embedding and head in q8.")] = False,
     block_size: Annotated[
-        int, typer.Option(help="Weights that share a scale: larger blocks decode faster, smaller ones are more accurate.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            help="Weights of a block that share a scale: larger blocks decode faster, smaller ones are more accurate.",
+            show_default="32",
+        ),
+    ] = None,
+    method: Annotated[
+        Method | None, typer.Option(help="How blocks are found; gptq looks at the samples, layer by layer.", show_default="rtn")
+    ] = None,
+    prune_ffn: Annotated[
+        float | None, typer.Option(help="Leave out this part of the feed-forward channels, those that samples use least.")
+    ] = None,
+    target: Annotated[
+        Target | None, typer.Option(help="Processor that int8 graphs are for.", show_default="this machine")
+    ] = None,
+    ranges: Annotated[Ranges | None, typer.Option(help="How static ranges are chosen.", show_default="percentile")] = None,
+    smoothing: Annotated[
+        float | None,
+        typer.Option(help="How much of its inputs' outliers a static layer's weight takes over, 0 to 1.", show_default="0.5"),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to measure with.", show_default="pictures drawn here")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Questions about them: .txt, or .jsonl with pictures and answers.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="How many of them.")] = 32,
+    recipe: Annotated[
+        Path | None, typer.Option(help="All of the above from a file, or from the mcv.json of a bundle.", show_default=False)
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept (default: the hub's own cache).")] = None,
     text_graphs: Annotated[
@@ -69,21 +100,38 @@ def build_command(
 ) -> None:
     """Build a bundle. Needs little memory: weights are streamed and quantized a few rows at a time."""
     from mcv_export.build import BuildOptions, build
+    from mcv_export.calibrate import SampleOptions
     from mcv_export.hub import locate
+    from mcv_export.precision import Wishes, read_recipe
 
     overrides: dict[GraphName, Precision | None] = {
         "vision_encoder": vision,
         "resampler": resampler,
         "decoder_with_past": decoder,
     }
-    chosen: dict[GraphName, Precision] = {name: value for name, value in overrides.items() if value}
-    if precision:
-        chosen = {name: chosen.get(name, precision) for name in overrides}
-    options = BuildOptions(precision=chosen, block_size=block_size, force=force, text_graphs=text_graphs)
+    wishes = Wishes(
+        precision=precision,
+        graphs={name: value for name, value in overrides.items() if value},
+        target=target,
+        block_size=block_size,
+        method=method,
+        ranges=ranges,
+        smoothing=smoothing,
+        prune_ffn=prune_ffn,
+        mixed=mixed,
+    )
+    options = BuildOptions(
+        recipe=read_recipe(recipe, wishes) if recipe else wishes.recipe(),
+        samples=SampleOptions(folder=calibration, prompts=prompts, count=num_samples),
+        force=force,
+        text_graphs=text_graphs,
+    )
     with _progress() as progress:
         folder = locate(model, revision=revision, cache_dir=cache_dir)
         hub_id = None if folder == Path(model).expanduser() else model  # a path says where a checkpoint lay, not what it is
         result = build(folder, out, options, model=hub_id, revision=revision, progress=progress)
+    if result.samples:
+        typer.echo(f"mcv-export: calibrated with {result.samples.describe()}", err=True)
     if result.notice:
         typer.echo(f"mcv-export: note: {result.notice}", err=True)
     if as_json:
@@ -172,13 +220,13 @@ def main() -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[GraphName, int, int], None]]:
-    """A bar per graph on stderr."""
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per graph, and per measurement, on stderr."""
     columns = TextColumn("{task.description:<18}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[GraphName, TaskID] = {}
+        tasks: dict[str, TaskID] = {}
 
-        def show(graph: GraphName, done: int, total: int) -> None:
+        def show(graph: str, done: int, total: int) -> None:
             if graph not in tasks:
                 tasks[graph] = bars.add_task(graph, total=total)
             bars.update(tasks[graph], completed=done)

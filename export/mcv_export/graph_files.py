@@ -21,10 +21,9 @@ from mcv_export.storage import Storage
 from mcv_export.trace import trace
 from mcv_export.weights import layout, point, write_weights
 from mcv_runtime.errors import OutputError
-from mcv_runtime.manifest import GraphName
 
-Progress = Callable[[GraphName, int, int], None]
-"""Called with a graph's name, its parameters done, and its parameters in all."""
+Progress = Callable[[str, int, int], None]
+"""Called with a graph's name, or what of it is measured; what is done; and what there is in all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from mcv_export import config as cfg
@@ -18,7 +20,9 @@ from mcv_export.plan import ModelPlan
 from mcv_graphs.contract import GraphIO
 from mcv_runtime.engine import Engine, load
 from mcv_runtime.errors import OptionError
-from mcv_runtime.manifest import FILE_NAME, GraphName, GraphSpec
+from mcv_runtime.manifest import FILE_NAME, GraphName, GraphSpec, Manifest
+from mcv_runtime.prompts import Prompt
+from mcv_runtime.sessions import feed
 
 
 class TorchSession:
@@ -55,6 +59,29 @@ class TorchSession:
 
     def run_with_iobinding(self, iobinding: Any) -> None:
         self.io_binding()
+
+
+def prompt_feed(
+    manifest: Manifest, prompt: Prompt, embeds: Sequence[NDArray[np.float32]], logit_positions: NDArray[np.int64]
+) -> dict[str, NDArray[Any]]:
+    """What a decoder is given to read a prompt at once; `embeds` are its pictures' visual tokens, each [tokens, hidden]."""
+    spec = manifest.graphs["decoder_with_past"].inputs
+    count = len(prompt.ids)
+    positions = np.arange(count) if prompt.positions is None else prompt.positions
+    axes = spec["position_ids"].shape[:-2] if "position_ids" in spec else ()
+    values: dict[str, Any] = {
+        "input_ids": prompt.ids[None],
+        "vision_embeds": np.concatenate([np.empty((0, manifest.hidden_size), np.float32), *embeds]),
+        "vision_positions": prompt.visual_positions,
+        "position_ids": np.broadcast_to(positions[..., None, :], (*axes, 1, count)),  # type: ignore[arg-type]
+        "logit_positions": logit_positions,
+        "seqlens_k": np.array([count - 1]),
+        "total_sequence_length": np.full([1] * len(spec["total_sequence_length"].shape), count),
+    }
+    sizes = {"batch": 1, "cache_length": 0}
+    for entry in manifest.cache:
+        values[entry.input] = np.zeros([sizes[n] if isinstance(n, str) else n for n in entry.shape], entry.dtype)
+    return feed(spec, values)
 
 
 def oracle_engine(plan: ModelPlan, checkpoint: Checkpoint, modules: Mapping[GraphName, nn.Module] | None = None) -> Engine:
