@@ -1,0 +1,200 @@
+"""Bundles that took samples to build: what is in them, that their graphs compute what torch does, and that a recipe repeats."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mcv_calibration.recipe import GraphRecipe, Recipe
+from mcv_export import cli
+from mcv_export.build import BuildOptions, BuildResult, build
+from mcv_export.calibrate import SampleOptions
+from mcv_export.verify import compare
+from mcv_runtime.bundle import Bundle
+from mcv_runtime.errors import CheckpointError, OptionError
+
+STATIC = GraphRecipe(precision="int8-static", prune_ffn=0.3)
+RECIPES: dict[str, Recipe] = {
+    "minicpmv2_6": Recipe(
+        target="avx512_vnni",
+        graphs={
+            "vision_encoder": STATIC,
+            "resampler": GraphRecipe(precision="int8-static", ranges="minmax", smoothing=0.0),
+            "decoder_with_past": GraphRecipe(precision="int8-static", layers={"layers.0": "q4", "lm_head": "q8"}, method="hqq"),
+        },
+    ),
+    "minicpmv4_6": Recipe(
+        target="avx512_vnni",
+        graphs={
+            "vision_encoder": STATIC,
+            "resampler": GraphRecipe(precision="int8-static"),
+            "decoder_with_past": GraphRecipe(
+                precision="q4", layers={"embed_tokens": "q8", "lm_head": "q8"}, method="gptq", prune_ffn=0.2
+            ),
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleOptions:
+    """Two small pictures, one that is none, and a question with its answer."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(random.integers(0, 256, (60, 90, 3), np.uint8)).resize((300, 200)).save(folder / name)
+    (folder / "broken.png").write_bytes(b"\x89PNG")
+    rows = [{"image": name, "prompt": "What is it?", "answer": "Noise."} for name in ("a.png", "b.png", "broken.png")]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return SampleOptions(folder=folder, prompts=folder / "rows.jsonl", count=3, store=tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module", params=list(RECIPES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def result(family: str, golden_root: Path, samples: SampleOptions, tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
+    options = BuildOptions(recipe=RECIPES[family], samples=samples)
+    return build(golden_root / family / "checkpoint", tmp_path_factory.mktemp(family) / "bundle", options)
+
+
+def test_graphs_compute_what_the_modules_do(result: BuildResult, family: str, golden_root: Path) -> None:
+    report = compare(Bundle.open(result.folder), golden_root / family / "checkpoint")
+    assert report.passed, report.worst.describe()
+    assert max(item.relative for item in report.differences) < 0.03
+
+
+def test_samples_are_told_of(result: BuildResult) -> None:
+    assert result.samples is not None
+    assert len(result.samples.samples) == 2
+    assert "broken.png" in result.samples.describe()
+
+
+def test_the_recipe_repeats(
+    result: BuildResult, family: str, golden_root: Path, samples: SampleOptions, tmp_path: Path
+) -> None:
+    recipe = Recipe.from_json((result.folder / "mcv.json").read_text())
+    again = build(golden_root / family / "checkpoint", tmp_path / "again", BuildOptions(recipe=recipe, samples=samples))
+    assert again.manifest.files == result.manifest.files
+    assert again.manifest.quantization == result.manifest.quantization
+
+
+def test_channels_are_gone(result: BuildResult, family: str, golden_root: Path) -> None:
+    """In whole blocks of 32."""
+    width = json.loads((golden_root / family / "checkpoint" / "config.json").read_text())["vision_config"]["intermediate_size"]
+    kept = math.ceil(0.7 * width / 32) * 32
+    initializers = ir.load(result.folder / result.manifest.graphs["vision_encoder"].file).graph.initializers
+    shapes = [initializers[f"layers.{layer}.{name}"].shape for layer in (0, 1) for name in ("fc1.bias", "fc2.qweight")]
+    assert shapes[0] == shapes[2] == ir.Shape([kept])
+    assert [shape[0] for shape in shapes if shape is not None] == [kept] * 4
+    assert kept < width
+
+
+def test_another_checkpoint_is_noticed(result: BuildResult, family: str, golden_root: Path, tmp_path: Path) -> None:
+    source = golden_root / family / "checkpoint"
+    for file in source.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("encoder.layers.1.self_attn.k_proj.weight"))
+    tensors[name] = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(0)).to(tensors[name].dtype)
+    (tmp_path / "model.safetensors").unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"k_proj is another than the checkpoint's"):
+        compare(Bundle.open(result.folder), tmp_path)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["mcv-export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        return int(exit_info.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+def test_the_command_line_says_it_all(
+    run: Callable[..., tuple[int, str]],
+    golden_root: Path,
+    samples: SampleOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MCV_CACHE", str(tmp_path / "cache"))
+    source, out = golden_root / "minicpmv2_6" / "checkpoint", tmp_path / "bundle"
+    given: list[Any] = ["--calibration", samples.folder, "--num-samples", 2, "--prompts", samples.prompts]
+    how = ["--vision", "int8-static", "--target", "avx2", "--ranges", "mse", "--smoothing", 0.4, "--mixed"]
+    code, told = run("build", source, out, *given, *how, "--method", "k-quant", "--prune-ffn", 0.25)
+    assert code == 0
+    assert "calibrated with 2 samples" in told
+    written = Bundle.open(out).manifest
+    assert written.graphs["vision_encoder"].file == "onnx/vision_encoder_int8.onnx"
+    assert written.quantization == {
+        "target": "avx2",
+        "graphs": {
+            "vision_encoder": {"precision": "int8-static", "ranges": "mse", "smoothing": 0.4, "prune_ffn": 0.25},
+            "resampler": {"precision": "q8", "method": "k-quant", "block_size": 32},
+            "decoder_with_past": {
+                "precision": "q4",
+                "layers": {"embed_tokens": "q8", "lm_head": "q8"},
+                "method": "k-quant",
+                "block_size": 32,
+                "prune_ffn": 0.25,
+            },
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prune-ffn", "1.5"], "prune_ffn=1.5"),
+        (["--smoothing", "2"], "smoothing=2.0"),
+        (["--mixed", "--decoder", "q8"], "q4 decoder"),
+        (["--recipe", "nowhere.json"], "nowhere.json cannot be read"),
+        (["--recipe", "nowhere.json", "--mixed"], "leave out the options"),
+        (["--vision", "int8-static", "--prompts", "x.txt"], "--calibration"),
+    ],
+)
+def test_wishes_that_make_no_sense(
+    arguments: list[str], words: str, run: Callable[..., tuple[int, str]], golden_root: Path, tmp_path: Path
+) -> None:
+    code, told = run("build", golden_root / "minicpmv2_6" / "checkpoint", tmp_path / "bundle", *arguments)
+    assert code == 2
+    assert words in told
+    assert told.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        ("[]", "an object with `graphs`"),
+        ('{"graphs": {"ears": {"precision": "q8"}}}', "'ears'"),
+        ('{"graphs": {"resampler": {"precision": "q5"}}}', "'q5' is none of"),
+        ('{"graphs": {"resampler": {"precision": "q8", "colour": 1}}}', "unknown key 'colour'"),
+        ('{"graphs": {"resampler": {"precision": "q8", "block_size": "32"}}}', "block_size='32'"),
+        ('{"target": "abacus", "graphs": {}}', "'abacus' is none of"),
+    ],
+)
+def test_recipes_that_make_no_sense(text: str, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        Recipe.from_json(text)
+
+
+def test_a_recipe_for_every_graph(golden_root: Path, tmp_path: Path) -> None:
+    recipe = Recipe(graphs={"vision_encoder": GraphRecipe(precision="q8")})
+    with pytest.raises(OptionError, match="nothing about the graph resampler"):
+        build(golden_root / "minicpmv2_6" / "checkpoint", tmp_path / "bundle", BuildOptions(recipe=recipe))
