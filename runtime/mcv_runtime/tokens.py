@@ -23,7 +23,7 @@ class TextTokenizer:
             settings = json.loads(tokenizer_json)
             self._tokenizer = Tokenizer.from_str(tokenizer_json)
             added = settings.get("added_tokens") or []
-            self._control = {token["content"]: token for token in added if _is_control(token)}
+            self._control = {token["content"]: token for token in added if is_control(token)}
             # the same tokenizer, blind to control tokens: encodes look-alikes as the text they are
             settings["added_tokens"] = [token for token in added if token["content"] not in self._control]
             self._blind = Tokenizer.from_str(json.dumps(settings))
@@ -79,7 +79,8 @@ class TextTokenizer:
         return framed[:start], framed[start + len(bare) :]
 
 
-def _is_control(token: dict[str, object]) -> bool:
+def is_control(token: dict[str, object]) -> bool:
+    """Whether one of a tokenizer's added tokens is a control token."""
     content = str(token["content"])
     # a guard must fit inside; one-character added tokens are ordinary text
     return len(content) > 1 and (bool(token["special"]) or bool(re.fullmatch(r"<[^\s<>]+>", content)))
