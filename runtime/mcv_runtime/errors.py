@@ -7,7 +7,10 @@
     |-- OutputError           (OSError)            a result cannot be written
     |-- ImageError            (ValueError)         a picture cannot be used
     |-- PromptError           (ValueError)         a prompt cannot be used
-    `-- OptionError           (ValueError)         an option has a value that makes no sense
+    |-- ChatFileError         (ValueError)         a saved conversation cannot be used
+    |-- OptionError           (ValueError)         an option has a value that makes no sense
+    |-- ResourceError         (MemoryError)        there is not enough memory
+    `-- RunError              (RuntimeError)       ONNX Runtime failed while it ran a graph
 
 Each is also the builtin that a host application would catch anyway. A message is one line that says
 what is wrong and, where there is something to do, what to do next.
@@ -42,5 +45,17 @@ class PromptError(McvError, ValueError):
     """A prompt is empty, malformed, or longer than the context."""
 
 
+class ChatFileError(McvError, ValueError):
+    """A saved conversation is damaged, or of another bundle."""
+
+
 class OptionError(McvError, ValueError):
     """An option has a value that makes no sense."""
+
+
+class ResourceError(McvError, MemoryError):
+    """There is not enough memory, not even for the smallest step."""
+
+
+class RunError(McvError, RuntimeError):
+    """ONNX Runtime failed while it ran a graph."""
