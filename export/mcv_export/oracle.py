@@ -44,7 +44,8 @@ class TorchSession:
 
     def run(self, output_names: list[str] | None, input_feed: dict[str, Any]) -> Any:
         """As `onnxruntime.InferenceSession.run`."""
-        given = {name: torch.from_numpy(value) for name, value in input_feed.items()}
+        # torch warns of what it might write to, such as a picture's kept embeddings
+        given = {name: torch.from_numpy(np.require(value, requirements="W")) for name, value in input_feed.items()}
         arguments: list[Any] = [given[name] for name in self._io.inputs]
         if self._io.cache:
             arguments.append([given[entry.input] for entry in self._io.cache])
@@ -108,4 +109,5 @@ def oracle_engine(plan: ModelPlan, checkpoint: Checkpoint, modules: Mapping[Grap
         def open_module(path: Path, options: ort.SessionOptions) -> TorchSession:
             return sessions[path.name]
 
-        return load(folder, session_factory=open_module)
+        # whoever watches the modules wants to see them at work every time
+        return load(folder, session_factory=open_module, picture_cache_mb=0, reuse_mb=0, batch_slices=1)

@@ -152,7 +152,7 @@ def _run(bundle: Bundle) -> tuple[dict[GraphName, Recorder], Array, Prompt]:
     for mode in image.downsample.keys() - {image.downsample_mode}:
         engine.encode_image(sample, downsample_mode=mode, max_slice_nums=1)
     prompt = engine.prompt([{"role": "user", "content": [picture, _QUESTION]}])
-    return {name: opened[bundle.graph(name)] for name in bundle.manifest.graphs}, picture.embeds, prompt
+    return {name: opened[bundle.graph(name)] for name in bundle.manifest.graphs}, picture.embeds.copy(), prompt
 
 
 def sample_picture(side: int) -> Image.Image:
@@ -212,7 +212,7 @@ def _decode_bundled(bundle: Bundle, prompt: Prompt, embeds: Array) -> tuple[list
     first = logits = decoder.prefill(cache, prompt.ids, embeds, prompt.visual_positions, len(prompt.ids), prompt.positions)
     tokens = [int(logits.argmax())]
     while len(tokens) < STEPS:
-        logits = decoder.step(cache, tokens[-1])
+        (logits,) = decoder.step(cache, tokens[-1:])
         tokens.append(int(logits.argmax()))
     return tokens, first[None]
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from mcv_runtime.vision import Picture
 
-StopReason = Literal["stop", "length"]
+StopReason = Literal["stop", "length", "timeout", "cancelled"]
 Phase = Literal["preprocess", "vision", "prefill", "decode"]
 
 
@@ -34,25 +34,47 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self.timings = replace(self.timings, **{name: getattr(self.timings, name) + time.perf_counter() - start})
+        try:
+            yield
+        finally:
+            self.timings = replace(self.timings, **{name: getattr(self.timings, name) + time.perf_counter() - start})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """A finished answer."""
+class Completion:
+    """One text that a model made of a prompt."""
 
     text: str
     tokens: tuple[int, ...]
     """Generated ids, the stop token included."""
+    stop_reason: StopReason
+    """`stop`: the model or a stop string ended the answer; `length`: it ran into max_new_tokens or the end of the context;
+    `timeout` and `cancelled`: this is how far it came."""
+    logprobs: tuple[float, ...] | None = None
+    """Log-probability of each token under the model, before penalties and temperature; None unless asked for."""
+    score: float | None = None
+    """What beam search ranks by: the sum of the log-probabilities over a power of the length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer(Completion):
+    """A finished answer: the best completion, and what the request took."""
+
     prompt_tokens: tuple[int, ...]
     """Ids of the prompt, placeholders expanded."""
     pictures: tuple[Picture, ...]
     timings: Timings
-    stop_reason: StopReason
-    """`stop`: the model ended its answer; `length`: it ran into max_new_tokens or the end of the context."""
+    reused_tokens: int = 0
+    """Of the prompt, tokens that were known from an earlier request and not read again."""
+    drafted: int = 0
+    """Tokens that prompt_lookup guessed."""
+    accepted: int = 0
+    """Of these, right ones."""
+    alternatives: tuple[Completion, ...] = ()
+    """With num_return_sequences: the other completions."""
 
     @property
     def tokens_per_s(self) -> float | None:
         """Decoding speed; None if there was no decoding, as the first token comes from the prefill."""
-        return (len(self.tokens) - 1) / self.timings.decode if self.timings.decode else None
+        made = sum(max(len(one.tokens) - 1, 0) for one in (self, *self.alternatives))
+        return made / self.timings.decode if self.timings.decode and made else None

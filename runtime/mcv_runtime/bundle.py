@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -55,6 +56,18 @@ class Bundle:
         if not name or parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name:
             raise BundleCorruptError(f"{FILE_NAME} names the file {name!r}, which is not inside the bundle")
         return self.folder.joinpath(*parts.parts)
+
+    @property
+    def identity(self) -> str:
+        """What tells this bundle from others that answer differently: a sha256 over graphs, tokenizer and template."""
+        manifest = self.manifest
+        texts = (manifest.text.tokenizer, manifest.text.chat_template)
+        described = {
+            name: manifest.files[name].sha256 if name in manifest.files else self.path(name).stat().st_size
+            for name in [*texts, *(graph.file for graph in manifest.graphs.values())]
+        }
+        described |= {name: file.sha256 for name, file in manifest.files.items() if name.startswith("onnx/")}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def read_text(self, name: str) -> str:
         """Content of a text file of the bundle."""

@@ -236,12 +236,12 @@ class Manifest:
             raise BundleCorruptError(
                 f"{FILE_NAME} has format {version!r}, this runtime reads format {FORMAT}; build the bundle again"
             )
-        manifest: Manifest = _parse(cls, data, FILE_NAME)
+        manifest: Manifest = parse(cls, data, FILE_NAME)
         return manifest
 
 
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    """`value` (as `json.loads` gives it) as an instance of the annotated type `kind`."""
+def parse(kind: Any, value: Any, where: str) -> Any:
+    """`value` (as `json.loads` gives it) as an instance of the annotated type `kind`; `where` it stands, for the message."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise BundleCorruptError(f"{where} must be an object")
@@ -253,7 +253,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
             if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise BundleCorruptError(f"{where} lacks the key {name!r}")
         make: Any = kind
-        return make(**{name: _parse(hints[name], item, f"{where}: {name}") for name, item in value.items()})
+        return make(**{name: parse(hints[name], item, f"{where}: {name}") for name, item in value.items()})
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -268,16 +268,16 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
             if option in (int, str) and type(value) is option:
                 return value
             if dataclasses.is_dataclass(option) and isinstance(value, dict):
-                return _parse(option, value, where)
+                return parse(option, value, where)
         raise BundleCorruptError(f"{where} has the unusable value {value!r}")
     if origin is tuple:
         if not isinstance(value, list):
             raise BundleCorruptError(f"{where} must be a list")
-        return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, dict):
             raise BundleCorruptError(f"{where} must be an object")
-        return {_parse(args[0], key, where): _parse(args[1], item, f"{where}: {key}") for key, item in value.items()}
+        return {parse(args[0], key, where): parse(args[1], item, f"{where}: {key}") for key, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

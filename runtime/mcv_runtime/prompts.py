@@ -78,12 +78,12 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise BundleCorruptError(f"the bundle's chat template cannot be used: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, thinking: bool = False) -> str:
-        """The text of a conversation up to where the assistant answers, or thinks first."""
+    def render(self, messages: Sequence[Mapping[str, str]], *, thinking: bool = False, answering: bool = True) -> str:
+        """The text of a conversation up to where the assistant answers, or thinks first; or without that."""
         if thinking and not self.can_think:
             raise OptionError("this model does not know thinking; leave the option out")
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, enable_thinking=thinking)
+            return self._template.render(messages=messages, add_generation_prompt=answering, enable_thinking=thinking)
         except jinja2.TemplateError as error:
             raise PromptError(f"the model's chat template refuses these messages: {error}") from error
 
@@ -98,16 +98,24 @@ class PromptBuilder:
     placeholder: PlaceholderSpec
 
     def build(
-        self, messages: Sequence[Message[SliceGrid | ClipGrid]], *, use_image_id: bool | None = None, thinking: bool = False
+        self,
+        messages: Sequence[Message[SliceGrid | ClipGrid]],
+        *,
+        use_image_id: bool | None = None,
+        thinking: bool = False,
+        answering: bool = True,
     ) -> Prompt:
-        """The prompt for `messages`, whose pictures and videos are given as their slice grids."""
+        """The prompt for `messages`, whose pictures and videos are given as their slice grids.
+
+        `answering`: up to where the assistant answers; else the messages alone.
+        """
         if not messages or not messages[-1].text.strip():
             raise PromptError("the prompt is empty")
         # A lone surrogate (from a command line or JSON) has no UTF-8 form.
         messages = [Message(m.role, tuple(_mend(p) if isinstance(p, str) else p for p in m.parts)) for m in messages]
         guard, mark = _unused_characters("".join(message.text for message in messages))
         guarded = [self._content(message, guard, mark) for message in messages]
-        rendered = self.template.render(guarded, thinking=thinking)
+        rendered = self.template.render(guarded, thinking=thinking, answering=answering)
         visuals = [visual for message in messages for visual in message.pictures]
         between = rendered.split(mark)
         if len(between) != len(visuals) + 1:

@@ -114,7 +114,7 @@ def test_logits(model, picture, mode, tmp_path):
     request = [{"role": "user", "content": [picture, "What is it?"]}]
     options = {"downsample_mode": mode, "max_slice_nums": 2}
     prompt = engine.prompt(request, **options)
-    sliced = [part for message in engine._sliced(request, options) for part in message.pictures]
+    sliced = [part for message in engine._preparer.sliced(request, options) for part in message.pictures]
     expected = expected_logits(reference, prompt, sliced, mode)
 
     (encoded,) = engine._vision.encode(sliced)

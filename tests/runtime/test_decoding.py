@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mcv_runtime.decoding import Decoder, greedy, penalised
+from mcv_runtime.decoding import Decoder
 from mcv_runtime.errors import OptionError
 from mcv_runtime.manifest import (
     CacheEntry,
@@ -90,7 +90,7 @@ def test_prefill_in_chunks_then_steps():
     embeds = np.arange(4 * HIDDEN, dtype=np.float32).reshape(4, HIDDEN)
     logits = decoder.prefill(cache, np.arange(8), embeds, np.array([1, 2, 3, 6]), chunk=3)
     assert logits.argmax() == 8
-    assert decoder.step(cache, 4).argmax() == 5
+    assert decoder.step(cache, [4]).argmax() == 5
 
     given = [
         (
@@ -127,32 +127,4 @@ def test_cache_is_never_overrun():
     cache = decoder.new_cache(64)
     decoder.prefill(cache, np.zeros(64, np.int64), np.empty((0, HIDDEN), np.float32), np.empty(0, np.int64))
     with pytest.raises(OptionError, match="65"):
-        decoder.step(cache, 1)
-
-
-def follow(token):
-    return np.eye(VOCAB, dtype=np.float32)[(token + 1) % VOCAB]
-
-
-@pytest.mark.parametrize(("limit", "expected"), [(1, [6]), (3, [6, 7, 8]), (4, [6, 7, 8, 9]), (50, [6, 7, 8, 9])])
-def test_greedy_ends_at_a_stop_id_or_the_limit(limit, expected):
-    steps = []
-
-    def step(token):
-        steps.append(token)
-        return follow(token)
-
-    assert list(greedy(follow(5), step, stop=frozenset({9}), limit=limit)) == expected
-    assert steps == expected[:-1]  # no step whose result nobody reads
-
-
-def test_penalty_divides_positive_and_multiplies_negative_logits():
-    logits = np.array([2.0, -2.0, 3.0, -3.0], np.float32)
-    np.testing.assert_array_equal(penalised(logits, {0, 1}, 2.0), np.array([1.0, -4.0, 3.0, -3.0], np.float32))
-    assert logits[0] == 2.0
-    assert penalised(logits, {0, 1}, 1.0) is logits
-
-
-def test_penalty_sees_generated_tokens_only():
-    logits = np.array([1.0, 0.9, 0.8], np.float32)
-    assert list(greedy(logits, lambda token: logits, stop=frozenset({9}), limit=4, repetition_penalty=2.0)) == [0, 1, 2, 0]
+        decoder.step(cache, [1])

