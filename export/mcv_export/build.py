@@ -9,9 +9,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from mcv_calibration.measured import NOTHING
@@ -22,6 +23,7 @@ from mcv_export.calibrate import SampleOptions, calibrate
 from mcv_export.checkpoint import Checkpoint, open_checkpoint
 from mcv_export.families import recognise
 from mcv_export.graph_files import DataFile, Progress, storage_of, write_graph, write_sharing_graph
+from mcv_export.int8_cache import add_int8_cache, int8_cache_spec
 from mcv_export.plan import ModelPlan
 from mcv_export.precision import SUFFIXES, Wishes, resolved
 from mcv_export.text_graphs import write_text_graphs
@@ -45,6 +47,8 @@ class BuildOptions:
     """Replace an output folder that exists."""
     text_graphs: bool = False
     """Also make the tokenizer's graphs, for hosts without Python."""
+    int8_cache: bool = False
+    """Also make a decoder graph that keeps its cache in 8 bits."""
 
     def chosen(self) -> Recipe:
         """The recipe, given or made of the simpler options; raises `OptionError`."""
@@ -129,26 +133,37 @@ def build(
             specs[graph.name] = GraphSpec(
                 file=f"onnx/{path.name}", precision=precision, inputs=graph.io.all_inputs, outputs=graph.io.all_outputs
             )
-        manifest = plan.manifest(
+        describe = partial(
+            plan.manifest,
             family=family.name,
             model=model or checkpoint_folder.resolve().name,
             revision=revision,
-            graphs=specs,
             quantization=recipe.to_data(),
             tools={name: importlib.metadata.version(name) for name in _tools(options)},
-            files={
-                path.relative_to(folder).as_posix(): _describe(path) for path in sorted(folder.rglob("*")) if path.is_file()
-            },
         )
-        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        manifest = _write_manifest(folder, describe, specs)
+        samples = calibration.samples
+        if options.int8_cache:
+            samples = samples or options.samples.samples()
+            path = add_int8_cache(folder, samples.samples, progress)
+            specs["decoder_with_past_kv8"] = int8_cache_spec(specs["decoder_with_past"], f"onnx/{path.name}", manifest.cache)
+            manifest = _write_manifest(folder, describe, specs)
     return BuildResult(
         folder=out,
         manifest=manifest,
         graphs=tuple(built),
         seconds=time.perf_counter() - started,
         notice=plan.notice,
-        samples=calibration.samples,
+        samples=samples,
     )
+
+
+def _write_manifest(folder: Path, describe: Callable[..., Manifest], specs: Mapping[GraphName, GraphSpec]) -> Manifest:
+    """Write `mcv.json` for the files that are there."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != FILE_NAME]
+    manifest = describe(graphs=specs, files={path.relative_to(folder).as_posix(): _describe(path) for path in paths})
+    (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
 
 
 def _tools(options: BuildOptions) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -92,6 +92,10 @@ def build_command(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept (default: the hub's own cache).")] = None,
+    kv: Annotated[
+        Literal["float", "int8"],
+        typer.Option(help="int8: add a decoder graph that keeps keys and values in 8 bits, for `mcv-run --kv int8`."),
+    ] = "float",
     text_graphs: Annotated[
         bool, typer.Option("--text-graphs", help="Add tokenizer.onnx and detokenizer.onnx, for hosts without Python.")
     ] = False,
@@ -125,6 +129,7 @@ def build_command(
         samples=SampleOptions(folder=calibration, prompts=prompts, count=num_samples),
         force=force,
         text_graphs=text_graphs,
+        int8_cache=kv == "int8",
     )
     with _progress() as progress:
         folder = locate(model, revision=revision, cache_dir=cache_dir)

@@ -152,7 +152,8 @@ def _run(bundle: Bundle) -> tuple[dict[GraphName, Recorder], Array, Prompt]:
     for mode in image.downsample.keys() - {image.downsample_mode}:
         engine.encode_image(sample, downsample_mode=mode, max_slice_nums=1)
     prompt = engine.prompt([{"role": "user", "content": [picture, _QUESTION]}])
-    return {name: opened[bundle.graph(name)] for name in bundle.manifest.graphs}, picture.embeds.copy(), prompt
+    paths = {name: bundle.graph(name) for name in bundle.manifest.graphs}
+    return {name: opened[path] for name, path in paths.items() if path in opened}, picture.embeds.copy(), prompt
 
 
 def sample_picture(side: int) -> Image.Image:

@@ -122,9 +122,10 @@ class KVCache:
         """Take over what `export` gave; raises `ValueError` or `KeyError` where it does not fit."""
         for entry in self._entries:
             room = _used(entry, self._current(entry)[0], length)
-            if tensors[entry.input].shape != room.shape:
-                raise ValueError(f"{entry.input} has shape {tensors[entry.input].shape} instead of {room.shape}")
-            room[...] = tensors[entry.input]
+            given = tensors[entry.input]
+            if (given.shape, given.dtype) != (room.shape, room.dtype):
+                raise ValueError(f"{entry.input} is {given.dtype} {given.shape} instead of {room.dtype} {room.shape}")
+            room[...] = given
         self.lengths[0], self.shifts[0] = length, shift
 
     def _current(self, entry: CacheEntry) -> NDArray[Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mcv_runtime.cache import KVCache
 from mcv_runtime.errors import OptionError
-from mcv_runtime.manifest import Manifest
+from mcv_runtime.manifest import GraphName, Manifest
 from mcv_runtime.sessions import Session, feed
 
 if TYPE_CHECKING:
@@ -21,15 +22,17 @@ _CACHE_STEP = 64
 
 
 class Decoder:
-    """The graph `decoder_with_past`; holds no state of its own, so threads may share it."""
+    """A decoder graph, by default `decoder_with_past`; holds no state of its own, so threads may share it."""
 
-    def __init__(self, session: Session, manifest: Manifest) -> None:
+    def __init__(self, session: Session, manifest: Manifest, graph: GraphName = "decoder_with_past") -> None:
         self._session = session
-        self._entries = manifest.cache
+        inputs = manifest.graphs[graph].inputs
+        # the same tensors for every decoder graph, but not of the same type
+        self._entries = tuple(replace(entry, dtype=inputs[entry.input].dtype) for entry in manifest.cache)
         self._hidden = manifest.hidden_size
         self._context = manifest.text.context_length
         cached = {entry.input for entry in manifest.cache}
-        self._fed = {name: spec for name, spec in manifest.graphs["decoder_with_past"].inputs.items() if name not in cached}
+        self._fed = {name: spec for name, spec in inputs.items() if name not in cached}
 
     def room(self, tokens: int) -> int:
         """The capacity of a cache for at least `tokens`, which must not exceed the context."""

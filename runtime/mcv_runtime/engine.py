@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Literal, Unpack
 
 import onnxruntime as ort
 
@@ -17,7 +17,9 @@ from mcv_runtime.chat import Chat
 from mcv_runtime.chat_file import read_chat
 from mcv_runtime.constraints import Grammars
 from mcv_runtime.decoding import Decoder
+from mcv_runtime.errors import OptionError
 from mcv_runtime.images import MAX_PIXELS, ImageSource
+from mcv_runtime.manifest import GraphName, Manifest
 from mcv_runtime.picture_cache import CACHE_DIR_MB, PICTURE_CACHE_MB, PictureCache, vision_identity
 from mcv_runtime.picture_store import PictureStore
 from mcv_runtime.preparing import Messages, PictureSource, Preparer, question
@@ -49,6 +51,7 @@ def load(
     cache_dir: str | Path | None = None,
     cache_dir_mb: float = CACHE_DIR_MB,
     low_memory: bool = False,
+    kv: Literal["float", "int8"] = "float",
     provider: str = CPU,
     options: ort.SessionOptions | None = None,
     session_factory: SessionFactory | None = None,
@@ -60,8 +63,9 @@ def load(
     Equal slices are encoded `batch_slices` at a time (`auto`: one by one unless batches turn out faster), never more than
     about `vision_memory_mb` are enough for. Encoded pictures are kept, up to `picture_cache_mb` in memory and, with a
     `cache_dir`, up to `cache_dir_mb` there for other processes too. `low_memory` has either the vision graphs or the decoder
-    open, never both. `provider` is what of ONNX Runtime computes (`cpu`, `cuda`, `openvino`, ...); `options` and
-    `session_factory` replace how its sessions are made. Raises `BundleError`, `BundleCorruptError` or `OptionError`.
+    open, never both; `kv` `int8` keeps keys and values in a quarter of the memory, if the bundle has a graph for it. `provider`
+    is what of ONNX Runtime computes (`cpu`, `cuda`, `openvino`, ...); `options` and `session_factory` replace how its
+    sessions are made. Raises `BundleError`, `BundleCorruptError` or `OptionError`.
     """
     start = time.perf_counter()
     opened = Bundle.open(bundles.DEFAULT if bundle is None else bundle)
@@ -81,8 +85,19 @@ def load(
         memory_mb=vision_memory_mb,
         hold=lambda: sessions.held("vision_encoder"),
     )
-    decoder = Decoder(sessions("decoder_with_past"), manifest)
+    decoder_graph = _decoder_graph(manifest, kv)
+    decoder = Decoder(sessions(decoder_graph), manifest, decoder_graph)
     return Engine(opened, vision, decoder, max_pixels=max_pixels, reuse_mb=reuse_mb, load_s=time.perf_counter() - start)
+
+
+def _decoder_graph(manifest: Manifest, kv: str) -> GraphName:
+    if kv not in ("float", "int8"):
+        raise OptionError(f"kv={kv!r} is none of float, int8")
+    if kv == "float":
+        return "decoder_with_past"
+    if "decoder_with_past_kv8" not in manifest.graphs:
+        raise OptionError("this bundle has no graph for kv='int8'; build it with `mcv-export build --kv int8`")
+    return "decoder_with_past_kv8"
 
 
 class Engine:

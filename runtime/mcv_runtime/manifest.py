@@ -19,7 +19,15 @@ from mcv_runtime.errors import BundleCorruptError
 FORMAT = 1
 FILE_NAME = "mcv.json"
 
-GraphName = Literal["vision_encoder", "vision_encoder_16x", "vision_encoder_4x", "resampler", "merger", "decoder_with_past"]
+GraphName = Literal[
+    "vision_encoder",
+    "vision_encoder_16x",
+    "vision_encoder_4x",
+    "resampler",
+    "merger",
+    "decoder_with_past",
+    "decoder_with_past_kv8",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,4 +124,4 @@ class _Binding:
 
 
 def _side(name: GraphName) -> Side:
-    return "decoder" if name == "decoder_with_past" else "vision"
+    return "decoder" if name.startswith("decoder") else "vision"
