@@ -20,7 +20,8 @@ from mcv_export.checkpoint import open_checkpoint
 from mcv_export.eager import eager_module
 from mcv_export.families import recognise
 from mcv_export.plan import GraphPlan
-from mcv_export.weights import Source, resolve
+from mcv_export.sources import Source, resolve
+from mcv_export.storage import IN_FLOAT
 from mcv_graphs.layers import Linear, WeightFormat
 from mcv_runtime.errors import OptionError
 
@@ -40,14 +41,13 @@ class Golden:
 
     def weight(self, path: str) -> np.ndarray:
         self.reads.append(path)
-        source = self.sources[f"{path}.weight"]
-        return source.rows(0, source.shape[0])
+        return self.sources[f"{path}.weight"].all()
 
     @property
     def formats(self) -> dict[str, WeightFormat]:
-        """All linears of the layers that are wide enough to be worth it."""
+        """All linears of the layers that may be quantized."""
         linears = {p: m for p, m in self.decoder.named_modules() if isinstance(m, Linear) and p.startswith("layers.")}
-        return {path: Q4 for path, linear in linears.items() if linear.out_features >= 32}
+        return {path: Q4 for path, linear in linears.items() if linear.quantizable}
 
     def feed(self, rows: int, seed: int, length: int = 48) -> dict[str, Any]:
         """Several sequences at once: the torch body of a delta net goes through time step by step."""
@@ -89,7 +89,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     checkpoint = open_checkpoint(GOLDEN / request.param / "checkpoint")
     plan = recognise(checkpoint.config).plan(checkpoint).graphs[-1]
     decoder = eager_module(plan, checkpoint)
-    return Golden(plan, decoder, resolve(plan, decoder, checkpoint), [])
+    return Golden(plan, decoder, resolve(plan, checkpoint, IN_FLOAT), [])
 
 
 @torch.inference_mode()
