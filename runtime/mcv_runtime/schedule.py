@@ -15,6 +15,7 @@ from mcv_runtime.slicing import Size
 
 BatchSlices: TypeAlias = int | Literal["auto"]
 VISION_MEMORY_MB = 512
+"""Six slices of 448 x 448 pixels in SigLIP so400m: 74 MB each were measured in a batch, at no gain (2.3 s each, two cores)."""
 
 _LIVE = 16
 """Tensors as wide as the tower that a run holds at its peak: its MLP is 4 wide, attention's scores are as large again."""
