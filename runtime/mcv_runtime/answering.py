@@ -129,23 +129,31 @@ class Answerer:
         if not tasks:
             return []
         rows = [self._row(task, 0) for task in tasks]
-        try:
-            heads = [self.read(task) for task in tasks]
-        except Interrupted as interruption:
-            for row in rows:
+        heads: list[NDArray[np.float32]] = []
+        read: list[int] = []
+        for index, (task, row) in enumerate(zip(tasks, rows, strict=True)):
+            try:
+                heads.append(self.read(task))
+                read.append(index)
+            except Interrupted as interruption:
                 row.end(interruption.reason)
-            return [self._answer(task, [row.completion()]) for task, row in zip(tasks, rows, strict=True)]
+                if task.memory is not None:
+                    self._prefixes.keep(task.memory)
+        if read:
+            self._decode_together([tasks[index] for index in read], [rows[index] for index in read], np.stack(heads))
+        return [self._answer(task, [row.completion()]) for task, row in zip(tasks, rows, strict=True)]
+
+    def _decode_together(self, tasks: Sequence[Task], rows: Sequence[Row], logits: NDArray[np.float32]) -> None:
         memories = [task.memory for task in tasks if task.memory is not None]
         capacity = max(self._decoder.room(len(task.prompt.ids) + task.limit) for task in tasks)
         cache = KVCache.joined([(memory.cache, 0) for memory in memories], capacity)
         for memory in memories:
             self._prefixes.keep(memory)
         with tasks[0].watch.phase("decode"):
-            for _ in self._rows(rows, cache, np.stack(heads), tasks[0].patience):
+            for _ in self._rows(rows, cache, logits, [task.patience for task in tasks]):
                 pass
         for task in tasks[1:]:
             task.watch.timings = replace(task.watch.timings, decode=tasks[0].watch.timings.decode)
-        return [self._answer(task, [row.completion()]) for task, row in zip(tasks, rows, strict=True)]
 
     def read(self, task: Task, memory: Memory | None = None) -> NDArray[np.float32]:
         """Encode the pictures and read the prompt from where memory ends; logits [vocab] of what follows."""
@@ -227,7 +235,7 @@ class Answerer:
         memory = task.memory
         assert memory is not None
         cache = memory.cache if len(rows) == 1 else memory.cache.gathered([0] * len(rows))
-        stepping = self._rows(rows, cache, np.stack([logits] * len(rows)), task.patience)
+        stepping = self._rows(rows, cache, np.stack([logits] * len(rows)), [task.patience] * len(rows))
         while True:
             with task.watch.phase("decode"):
                 step = next(stepping, None)
@@ -238,20 +246,25 @@ class Answerer:
             yield step
 
     def _rows(
-        self, rows: Sequence[Row], cache: KVCache, logits: NDArray[np.float32], patience: Patience
+        self, rows: Sequence[Row], cache: KVCache, logits: NDArray[np.float32], patience: Sequence[Patience]
     ) -> Iterator[tuple[int, str]]:
-        """Decode row by row of `cache` until all are done; (index, piece of text)."""
+        """Decode row by row of `cache` until all are done, each as long as its patience; (index, piece of text)."""
         active = list(range(len(rows)))
         while True:
             for place, index in enumerate(active):
                 if piece := rows[index].choose(logits[place]):
                     yield index, piece
+                try:
+                    if rows[index].reason is None:
+                        patience[index].report("answer", len(rows[index].tokens), 0)
+                except Interrupted as interruption:
+                    if piece := rows[index].end(interruption.reason):
+                        yield index, piece
             going = [place for place, index in enumerate(active) if rows[index].reason is None]
             if not going:
                 return
             if len(going) < len(active):
                 cache, active = cache.gathered(going), [active[place] for place in going]
-            patience.report("answer", max(len(row.tokens) for row in rows), 0)
             logits = self._decoder.step(cache, [rows[index].tokens[-1] for index in active])
 
     def _remember_tokens(self, task: Task, tokens: Sequence[int]) -> None:

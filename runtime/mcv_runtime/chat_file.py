@@ -61,16 +61,16 @@ def write_chat(path: Path, bundle: Bundle, messages: Sequence[Message[Part]], me
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_chat(path: Path, bundle: Bundle, decoder: Decoder) -> tuple[list[Message[Part]], Memory | None]:
     """What `write_chat` wrote; raises `ChatFileError`."""
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise ChatFileError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # as above
+        raise ChatFileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not data.startswith(_MAGIC):
         raise ChatFileError(f"{path} is not a conversation that was saved by this version")
     digest, _, body = data[len(_MAGIC) :].partition(b"\n")

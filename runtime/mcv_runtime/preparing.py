@@ -30,6 +30,8 @@ class Preparer:
     def sliced(self, messages: Messages, options: Options) -> list[Message[Part]]:
         """The messages, their pictures cut into slices."""
         result: list[Message[Part]] = []
+        if not isinstance(messages, Sequence):
+            raise PromptError("the messages are a list of mappings with `role` and `content`")
         for message in messages:
             if not isinstance(message, Mapping) or not message.keys() >= {"role", "content"}:
                 raise PromptError("a message is a mapping with `role` and `content`")

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 from mcv_runtime.constraints import GrammarKind
 from mcv_runtime.errors import OptionError
 from mcv_runtime.manifest import GenerationSpec, SmallImageUpsize
+from mcv_runtime.option_types import check_types
 from mcv_runtime.progress import Progress
 from mcv_runtime.sampling import Sampling
 
@@ -111,8 +112,7 @@ class Settings:
     @classmethod
     def of(cls, options: Options, defaults: GenerationSpec) -> Settings:
         """Raises `OptionError` for names and values that make no sense."""
-        for name in options.keys() - Options.__annotations__.keys():
-            raise OptionError(f"there is no option {name!r}")
+        check_types(options, Options)
         temperature = options.get("temperature", 0.0)
         if not temperature > 0:
             for name in _SAMPLING:
