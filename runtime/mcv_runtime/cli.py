@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from mcv_runtime import bundle as bundles
-from mcv_runtime import terminal
+from mcv_runtime import cli_options, terminal
+from mcv_runtime.answering import finished
 from mcv_runtime.answers import Answer
-from mcv_runtime.engine import Options, load
+from mcv_runtime.batch_cli import BATCH_SIZE, answer_batch, check_batch, completion_report
+from mcv_runtime.batch_input import Defaults
+from mcv_runtime.chat_cli import TerminalChat, chat_lines
+from mcv_runtime.engine import load
+from mcv_runtime.errors import OptionError
 from mcv_runtime.images import MAX_PIXELS
-from mcv_runtime.manifest import SmallImageUpsize
+from mcv_runtime.progress_bar import ProgressBar, print_answer
+from mcv_runtime.settings import Options
 from mcv_runtime.video import Video
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 _DEMO = (
-    "mcv-run: this was the small demo model; build a real one with `mcv-export build openbmb/MiniCPM-V-2_6 my-bundle`"
+    "mcv-run: this is the small demo model; build a real one with `mcv-export build openbmb/MiniCPM-V-2_6 my-bundle`"
     " and name it with -m or $MCV_BUNDLE"
 )
 
@@ -37,64 +44,153 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=cli_options.GroupedCommand)
 def run(
-    prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to ask.")] = "",
-    image: Annotated[list[Path] | None, typer.Option("--image", help="A picture to ask about; may be repeated.")] = None,
-    video: Annotated[
-        list[Path] | None, typer.Option("--video", help="A video to ask about (needs PyAV); may be repeated.")
-    ] = None,
-    bundle: Annotated[
-        Path | None, typer.Option("-m", "--bundle", help="Folder of the model; else $MCV_BUNDLE, else the demo.")
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option("-n", "--max-new-tokens", help="Longest answer, in tokens.")] = None,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Threads; by default one per physical core.")] = None,
-    max_slice_nums: Annotated[int | None, typer.Option(help="Most slices that a picture is cut into.")] = None,
-    use_image_id: Annotated[
-        bool | None,
-        typer.Option("--use-image-id/--no-use-image-id", help="Number the pictures in the prompt.", show_default=False),
-    ] = None,
-    downsample_mode: Annotated[
-        str | None, typer.Option(help="Pixels behind a visual token: 16x is faster, 4x sees more, if the model has them.")
-    ] = None,
-    small_image_upsize: Annotated[
-        SmallImageUpsize | None, typer.Option(help="Whether small pictures are enlarged.", show_default=False)
-    ] = None,
-    max_num_frames: Annotated[int | None, typer.Option(help="Most frames that are taken of a video.")] = None,
-    stack_frames: Annotated[int | None, typer.Option(help="Frames of each second that are looked at.")] = None,
-    thinking: Annotated[bool, typer.Option("--thinking", help="Let the model think first, if it knows how.")] = False,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
-    max_pixels: Annotated[int, typer.Option(help="Refuse larger pictures.")] = MAX_PIXELS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the answer and what it took.")] = False,
-    show_version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
-) -> None:
+    prompt: cli_options.Prompt = "",
+    image: cli_options.Images = None,
+    video: cli_options.Videos = None,
+    system: cli_options.System = None,
+    thinking: cli_options.Thinking = False,
+    as_json: cli_options.AsJson = False,
+    chat: cli_options.ChatMode = False,
+    batch: cli_options.Batch = None,
+    out: cli_options.Out = None,
+    batch_size: cli_options.BatchSize = None,
+    max_slice_nums: cli_options.MaxSliceNums = None,
+    use_image_id: cli_options.UseImageId = None,
+    downsample_mode: cli_options.DownsampleMode = None,
+    small_image_upsize: cli_options.SmallUpsize = None,
+    max_num_frames: cli_options.MaxNumFrames = None,
+    stack_frames: cli_options.StackFrames = None,
+    max_pixels: cli_options.MaxPixels = MAX_PIXELS,
+    temperature: cli_options.Temperature = None,
+    top_k: cli_options.TopK = None,
+    top_p: cli_options.TopP = None,
+    min_p: cli_options.MinP = None,
+    seed: cli_options.Seed = None,
+    repetition_penalty: cli_options.RepetitionPenalty = None,
+    presence_penalty: cli_options.PresencePenalty = None,
+    num_beams: cli_options.NumBeams = None,
+    length_penalty: cli_options.LengthPenalty = None,
+    num_return_sequences: cli_options.NumReturnSequences = None,
+    prompt_lookup: cli_options.PromptLookup = False,
+    logprobs: cli_options.Logprobs = False,
+    max_new_tokens: cli_options.MaxNewTokens = None,
+    stop: cli_options.Stop = None,
+    timeout: cli_options.Timeout = None,
+    json_schema: cli_options.JsonSchema = None,
+    regex: cli_options.Regex = None,
+    choice: cli_options.Choice = None,
+    bundle: cli_options.BundleFolder = None,
+    threads: cli_options.Threads = None,
+    prefill_chunk: cli_options.PrefillChunk = None,
+    reuse_mb: cli_options.ReuseMb = None,
+    vision_memory_mb: cli_options.VisionMemoryMb = None,
+    cache_dir: cli_options.CacheDir = None,
+    cache_dir_mb: cli_options.CacheDirMb = None,
+    low_memory: cli_options.LowMemory = False,
+    provider: cli_options.Provider = None,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> int:
     """Ask a MiniCPM-V model about pictures."""
-    options: Options = {
-        "max_slice_nums": max_slice_nums,
-        "use_image_id": use_image_id,
-        "thinking": thinking,
-        "downsample_mode": downsample_mode,
-        "small_image_upsize": small_image_upsize,
-        "max_num_frames": max_num_frames,
-        "stack_frames": stack_frames,
-    }
-    if max_new_tokens is not None:
-        options["max_new_tokens"] = max_new_tokens
-    if repetition_penalty is not None:
-        options["repetition_penalty"] = repetition_penalty
-    folder = _bundle(bundle)
-    engine = load(folder, threads=threads, max_pixels=max_pixels)
+    options = cast(
+        Options,
+        _given(
+            max_slice_nums=max_slice_nums,
+            use_image_id=use_image_id,
+            thinking=thinking or None,
+            downsample_mode=downsample_mode,
+            small_image_upsize=small_image_upsize,
+            max_num_frames=max_num_frames,
+            stack_frames=stack_frames,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            num_return_sequences=num_return_sequences,
+            prompt_lookup=prompt_lookup or None,
+            logprobs=logprobs or None,
+            max_new_tokens=max_new_tokens,
+            stop=stop or None,
+            timeout=timeout,
+            json_schema=cli_options.read_schema(json_schema),
+            regex=regex,
+            choices=choice or None,
+            prefill_chunk=prefill_chunk,
+        ),
+    )
+    load_options = _given(
+        threads=threads,
+        max_pixels=max_pixels,
+        reuse_mb=reuse_mb,
+        vision_memory_mb=vision_memory_mb,
+        cache_dir=cache_dir,
+        cache_dir_mb=cache_dir_mb,
+        low_memory=low_memory or None,
+        provider=provider,
+    )
     seen: list[Path | Video] = [*(image or ()), *(Video(path) for path in video or ())]
+    several = (num_return_sequences or 1) > 1
+    _refuse(
+        (chat and batch is not None, "--chat and --batch exclude each other"),
+        ((chat or batch is not None) and as_json, "--json is for one question; leave it out"),
+        (batch is not None and bool(seen), "with --batch, every row names its own pictures; leave out --image and --video"),
+        (batch is None and (out is not None or batch_size is not None), "--out and --batch-size need --batch"),
+        (chat and several, "a conversation goes on from one answer; leave out --num-return-sequences"),
+        (logprobs and batch is None and not as_json, "--logprobs needs --json or --batch, which show them"),
+    )
+    folder = _bundle(bundle)
+    is_demo = folder == bundles.DEFAULT
+    if batch is not None:
+        size = BATCH_SIZE if batch_size is None else batch_size
+        target = check_batch(batch, out, size)
+        engine = load(folder, **load_options)
+        _say(_DEMO if is_demo else "")
+        defaults = Defaults(prompt=prompt, system=system, options=options, model=engine.bundle.identity)
+        return answer_batch(engine, batch, target, defaults, size)
+    if chat:
+        talk = TerminalChat(load(folder, **load_options), system=system, options=options, max_pixels=max_pixels)
+        talk.show(seen)
+        _say(_DEMO if is_demo else "")
+        return talk.run(itertools.chain([prompt] if prompt else [], chat_lines()))
+    engine = load(folder, **load_options)
+    bar = ProgressBar(sys.stderr)
+    options["progress"] = bar
+    pieces = engine.stream(seen, prompt, system=system, **options)
     if as_json:
-        answer = engine.ask(seen, prompt, system=system, **options)
+        try:
+            answer = finished(pieces)
+        finally:
+            bar.close()
         print(json.dumps(report(answer), ensure_ascii=False))
     else:
-        for piece in engine.stream(seen, prompt, system=system, **options):
-            print(piece, end="", flush=True)
-        print()
-    if folder == bundles.DEFAULT:  # after the answer: a mistake gets its own line alone
-        typer.echo(_DEMO, err=True)
+        for other in print_answer(pieces, bar).alternatives:
+            print(other.text)
+    _say(_DEMO if is_demo else "")  # after the answer: a mistake gets its own line alone
+    return 0
+
+
+def _refuse(*clashes: tuple[bool, str]) -> None:
+    for clash, line in clashes:
+        if clash:
+            raise OptionError(line)
+
+
+def _say(line: str) -> None:
+    if line:
+        typer.echo(line, err=True)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """What was said on the command line."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _bundle(named: Path | None) -> Path:
@@ -125,6 +221,12 @@ def report(answer: Answer) -> dict[str, Any]:
         "tokens_per_s": None if answer.tokens_per_s is None else round(answer.tokens_per_s, 2),
         "peak_rss_mb": _peak_rss_mb(),
         "stop_reason": answer.stop_reason,
+        "logprobs": answer.logprobs,
+        "score": answer.score,
+        "alternatives": [completion_report(other) for other in answer.alternatives],
+        "reused_tokens": answer.reused_tokens,
+        "drafted": answer.drafted,
+        "accepted": answer.accepted,
     }
 
 

@@ -41,18 +41,76 @@ def test_json(golden_bundle, golden_engine, drawn, golden_root):
     answer = golden_engine.ask([wide, drawn], "What?", max_new_tokens=3)
     result = json.loads(done.stdout)
     assert list(result) == [
-        "text", "tokens", "prompt_tokens", "images", "timings_s", "tokens_per_s", "peak_rss_mb", "stop_reason"
+        "text", "tokens", "prompt_tokens", "images", "timings_s", "tokens_per_s", "peak_rss_mb", "stop_reason",
+        "logprobs", "score", "alternatives", "reused_tokens", "drafted", "accepted"
     ]  # fmt: skip
     assert list(result["timings_s"]) == ["load", "preprocess", "vision", "prefill", "decode"]
     assert result["text"] == answer.text
     assert result["tokens"] == list(answer.tokens)
     assert result["prompt_tokens"] == list(answer.prompt_tokens)
     assert result["stop_reason"] == "length"
+    assert (result["logprobs"], result["score"], result["alternatives"], result["reused_tokens"]) == (None, None, [], 0)
     wide_sizes = [[1484, 140], *[[854, 238]] * 3]  # golden.json, two_images: target sizes times 14
     assert result["images"] == [
         {"size": [2000, 180], "grid": [3, 1], "slice_sizes": wide_sizes, "visual_tokens": 256},
         {"size": [300, 200], "grid": None, "slice_sizes": [[546, 364]], "visual_tokens": 64},
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["--num-beams", 3, "--num-return-sequences", 2, "--length-penalty", 2, "--logprobs"],
+         {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 2.0, "logprobs": True}),
+        (["--temp", 0.9, "--top-k", 40, "--top-p", 0.9, "--min-p", 0.01, "--seed", 5, "--presence-penalty", 0.5],
+         {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "seed": 5, "presence_penalty": 0.5}),
+        (["--prompt-lookup", "--stop", "nothing", "--stop", "e", "--prefill-chunk", 9, "--timeout", 600, "--reuse-mb", 1],
+         {"prompt_lookup": True, "stop": ["nothing", "e"]}),
+        (["--choice", "a cat", "--choice", "a dog"], {"choices": ["a cat", "a dog"]}),
+        (["--regex", "[a-f]{3}"], {"regex": "[a-f]{3}"}),
+        (["--json-schema", '{"enum": [1, 2]}'], {"json_schema": {"enum": [1, 2]}}),
+    ],
+)  # fmt: skip
+def test_options_reach_the_request(golden_bundle, golden_engine, drawn, arguments, options):
+    if options.keys() & {"choices", "regex", "json_schema"}:
+        pytest.importorskip("llguidance")
+    done = run("--image", drawn, "-p", "What is this?", "-n", 8, "--json", *arguments, MCV_BUNDLE=str(golden_bundle))
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = golden_engine.ask(drawn, "What is this?", max_new_tokens=8, **options)
+    result = json.loads(done.stdout)
+    assert (result["text"], result["tokens"]) == (answer.text, list(answer.tokens))
+    assert result["logprobs"] == (answer.logprobs and pytest.approx(list(answer.logprobs), abs=1e-4))
+    assert result["score"] == (answer.score and pytest.approx(answer.score, abs=1e-4))
+    assert [other["text"] for other in result["alternatives"]] == [other.text for other in answer.alternatives]
+    assert (result["drafted"], result["accepted"]) == (answer.drafted, answer.accepted)
+
+
+def test_several_answers_on_lines_of_their_own(golden_bundle, golden_engine, drawn):
+    done = run("-m", golden_bundle, "--image", drawn, "-p", "Why?", "-n", 5, "--num-beams", 2, "--num-return-sequences", 2)
+    answer = golden_engine.ask(drawn, "Why?", max_new_tokens=5, num_beams=2, num_return_sequences=2)
+    assert done.stdout == f"{answer.text}\n{answer.alternatives[0].text}\n"
+
+
+def test_a_schema_from_a_file(golden_bundle, tmp_path):
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema.json").write_text('{"enum": ["only this"]}')
+    done = run("-m", golden_bundle, "-p", "x", "--json-schema", tmp_path / "schema.json")
+    assert (done.returncode, done.stdout) == (0, '"only this"\n')
+
+
+def test_help_lists_every_option_in_a_group():
+    done = run("--help")
+    assert done.returncode == 0
+    titles = [line for line in done.stdout.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == [
+        "What to ask:", "More than one question:", "Pictures and videos:", "How tokens are chosen:",
+        "Where and how an answer ends:", "Model and machine:", "Else:",
+    ]  # fmt: skip
+    from mcv_runtime import Options
+
+    not_here = {"early_stopping", "stop_token_ids", "cancel", "progress", "choices"}
+    for name in Options.__annotations__.keys() - not_here:
+        assert f"--{name.replace('_', '-')}" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -66,6 +124,13 @@ def test_json(golden_bundle, golden_engine, drawn, golden_root):
         (["-p", "x", "--repetition-penalty", "nan"], "repetition_penalty"),
         (["-p", "x", "-m", "nowhere"], "nowhere is not a bundle"),
         (["-p", "x " * 40_000], "context"),
+        (["-p", "x", "--top-k", "5"], "temperature"),
+        (["-p", "x", "--json-schema", "nowhere.json"], "nowhere.json cannot be read"),
+        (["-p", "x", "--json-schema", "{"], "json_schema"),
+        (["-p", "x", "--regex", "(", "--choice", "x"], "exclude"),
+        (["-p", "x", "--provider", "abacus"], "abacus"),
+        (["-p", "x", "--timeout", "0"], "timeout"),
+        (["-p", "x", "--num-beams", "two"], "num-beams"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(golden_bundle, arguments, line):
