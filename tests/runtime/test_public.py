@@ -6,8 +6,9 @@ import sys
 import mcv_runtime
 
 PUBLIC = {
-    "Answer", "Bundle", "BundleCorruptError", "BundleError", "CheckpointError", "Clip", "Engine", "ImageError", "McvError",
-    "OptionError", "OutputError", "Picture", "Prompt", "PromptError", "Timings", "Video", "load",
+    "Answer", "Bundle", "BundleCorruptError", "BundleError", "Chat", "ChatFileError", "CheckpointError", "Clip", "Completion",
+    "Engine", "Event", "ImageError", "McvError", "OptionError", "Options", "OutputError", "Picture", "Progress", "Prompt",
+    "PromptError", "Request", "ResourceError", "RunError", "Timings", "Video", "load",
 }  # fmt: skip
 
 
@@ -18,7 +19,11 @@ def test_public_names():
 
 
 def test_errors_are_builtins_too():
-    for name, builtin in {"BundleError": FileNotFoundError, "ImageError": ValueError, "PromptError": ValueError}.items():
+    builtins = {
+        "BundleError": FileNotFoundError, "ChatFileError": ValueError, "ImageError": ValueError, "OutputError": OSError,
+        "PromptError": ValueError, "ResourceError": MemoryError, "RunError": RuntimeError,
+    }  # fmt: skip
+    for name, builtin in builtins.items():
         error = getattr(mcv_runtime, name)
         assert issubclass(error, mcv_runtime.McvError)
         assert issubclass(error, builtin)
