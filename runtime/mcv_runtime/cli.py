@@ -89,6 +89,7 @@ def run(
     cache_dir: cli_options.CacheDir = None,
     cache_dir_mb: cli_options.CacheDirMb = None,
     low_memory: cli_options.LowMemory = False,
+    kv: cli_options.Kv = None,
     provider: cli_options.Provider = None,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
@@ -134,6 +135,7 @@ def run(
         cache_dir=cache_dir,
         cache_dir_mb=cache_dir_mb,
         low_memory=low_memory or None,
+        kv=kv,
         provider=provider,
     )
     seen: list[Path | Video] = [*(image or ()), *(Video(path) for path in video or ())]

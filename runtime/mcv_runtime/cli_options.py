@@ -152,6 +152,10 @@ CacheDirMb: TypeAlias = Annotated[float | None, _option("--cache-dir-mb", help="
 LowMemory: TypeAlias = Annotated[
     bool, _option("--low-memory", help="Hold either the vision graphs or the decoder, never both.", panel=_MACHINE)
 ]
+Kv: TypeAlias = Annotated[
+    str | None,
+    _option("--kv", help="int8: keep keys and values in a quarter of the memory, if the bundle can.", panel=_MACHINE),
+]
 Provider: TypeAlias = Annotated[
     str | None,
     _option("--provider", help="What of ONNX Runtime computes: cpu, cuda, openvino, ...", panel=_MACHINE),
