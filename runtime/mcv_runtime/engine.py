@@ -71,7 +71,11 @@ def load(
     opened = Bundle.open(bundles.DEFAULT if bundle is None else bundle)
     manifest = opened.manifest
     chosen = session_options(threads) if options is None else options
+    if session_factory is not None and provider != CPU:
+        raise OptionError(f"provider={provider!r} is for the session factory that was given to choose; leave one of them out")
     factory = provider_session(provider) if session_factory is None else session_factory
+    if low_memory and batch_slices == "auto":
+        batch_slices = 1  # a trial of batches would take memory
     sessions = (SessionTurns if low_memory else GraphSessions)(opened, chosen, factory)
     for graph in ("vision_encoder", manifest.compressor):  # now, so that a graph that cannot be used is found at once
         sessions(graph)
