@@ -1,0 +1,132 @@
+"""Seconds a slice of a full-size vision tower in every precision, in one interleaved run, against fp32 and the machine's GEMM.
+
+    python benchmarks/random_checkpoint.py minicpmv4_0 /data/random-4.0
+    python benchmarks/tower.py /data/random-4.0 benchmarks/results/tower-minicpmv4_0.json
+
+One slice of 448 x 448 pixels (1,024 patches). The ceiling is the time that the tower's products would take at the speed of one
+large 8-bit product (torch's), its attention at that of a float one; nothing else is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from full_size import _cpu
+
+from mcv_calibration.measured import NOTHING
+from mcv_calibration.recipe import GraphRecipe, Precision, Recipe
+from mcv_export.calibrate import SampleOptions, calibrate
+from mcv_export.checkpoint import open_checkpoint
+from mcv_export.families import recognise
+from mcv_export.graph_files import storage_of, write_graph
+from mcv_runtime.manifest import GraphName, GraphSpec
+from mcv_runtime.sessions import Session, cpu_session, session_options
+from mcv_runtime.tower import Tower
+from mcv_runtime.vision import slice_picture
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "q8", "int8-dynamic", "int8-static")
+
+
+def gops(run: Callable[[], object], operations: float, seconds: float = 2.0) -> float:
+    """The best speed of a product within so many seconds."""
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return operations / best / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--note", default="", help="What else the machine was doing.")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    plan = recognise(checkpoint.config).plan(checkpoint)
+    graph = plan.graphs[0]
+    picture = slice_picture(np.random.default_rng(0).integers(0, 255, (448, 448, 3), np.uint8), plan.image, max_slice_nums=1)
+    times: dict[Precision, list[float]] = {precision: [] for precision in PRECISIONS}
+    sizes: dict[Precision, float] = {}
+    hidden: dict[Precision, np.ndarray] = {}
+    with tempfile.TemporaryDirectory(dir=arguments.checkpoint.parent) as name:
+        towers: dict[Precision, Tower] = {}
+        for precision in PRECISIONS:
+            others = {other.name: GraphRecipe(precision="fp32") for other in plan.graphs[1:]}
+            recipe = Recipe(graphs={**others, graph.name: GraphRecipe(precision=precision)})
+            samples = SampleOptions(count=arguments.samples, store=Path(name) / "store")
+            found = calibrate(plan, checkpoint, recipe, samples, lambda what, done, total: print(what, done, total))
+            storage = storage_of(graph, recipe.graphs[graph.name], recipe.target, found.graphs.get(graph.name, NOTHING))
+            path = Path(name) / f"{precision}.onnx"
+            data = write_graph(graph, storage, checkpoint, path, lambda *_: None)
+            sizes[precision] = data.path.stat().st_size / 1e6
+            session = cpu_session(path, session_options(arguments.threads))
+            spec = GraphSpec(file=path.name, precision=precision, inputs=graph.io.all_inputs, outputs=graph.io.all_outputs)
+
+            def sessions(name: GraphName, session: Session = session) -> Session:
+                return session
+
+            specs = {
+                other.name: spec if other is graph else GraphSpec(file="", precision="", inputs={}, outputs={})
+                for other in plan.graphs
+            }
+            towers[precision] = Tower(sessions, plan.manifest(family="", model="", graphs=specs))
+        for number in range(arguments.rounds + 1):
+            for precision, tower in towers.items():
+                start = time.perf_counter()
+                hidden[precision] = tower.look(picture.slices[:1], picture.downsample_mode, 0)["vision_hidden"]
+                if number:  # the first round warms up
+                    times[precision].append(time.perf_counter() - start)
+    rows, width, ffn, layers = 1024, 1152, 4304, 27
+    a, b = torch.randn(rows, width), torch.randn(width, ffn)
+    i, j = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((rows, width), (width, ffn)))
+    operations = 2 * rows * width * ffn
+    speeds = {
+        "float": gops(lambda: a @ b, operations),
+        "int8": gops(lambda: torch._int_mm(i, j), operations),
+    }
+    linear = 2 * rows * layers * (4 * width**2 + 2 * width * ffn)
+    attention = 4 * layers * rows**2 * width
+    ceiling = linear / speeds["int8"] / 1e9 + attention / speeds["float"] / 1e9
+    medians = {precision: statistics.median(values) for precision, values in times.items()}
+    reference = hidden["fp32"].ravel()
+    result = {
+        "tower": f"{graph.name} of {arguments.checkpoint.name}, random weights",
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": arguments.threads, "note": arguments.note},
+        "versions": {name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "minicpmv-onnx")},
+        "gemm_gops": {name: round(speed) for name, speed in speeds.items()},
+        "ceiling_s": round(ceiling, 3),
+        "precisions": {
+            precision: {
+                "s_per_slice": round(median, 3),
+                "times_fp32": round(medians["fp32"] / median, 2),
+                "of_ceiling": round(ceiling / median, 3),
+                "size_mb": round(sizes[precision], 1),
+                "relative_error": round(
+                    float(np.linalg.norm(hidden[precision].ravel() - reference) / np.linalg.norm(reference)), 4
+                ),
+            }
+            for precision, median in medians.items()
+        },
+    }
+    arguments.result.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
