@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from mcv_export.graph_files import DataFile, Progress, storage_of, write_graph, 
 from mcv_export.plan import ModelPlan
 from mcv_export.precision import SUFFIXES, Wishes, resolved
 from mcv_export.text_graphs import write_text_graphs
+from mcv_runtime.bundle import Bundle
 from mcv_runtime.errors import CheckpointError, OutputError
 from mcv_runtime.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest
 
@@ -87,12 +88,14 @@ def build(
     *,
     model: str | None = None,
     revision: str | None = None,
+    check: Callable[[Path], object] | None = None,
     progress: Progress = lambda graph, done, total: None,
 ) -> BuildResult:
     """Build the bundle `out` from a checkpoint folder.
 
     Everything is written to a sibling folder that takes the name `out` at the end: a build that fails or is interrupted leaves
-    nothing behind. Raises `CheckpointError`, `OptionError` or `OutputError`.
+    nothing behind. `check` is shown that folder when the bundle in it is whole; what it raises ends the build like any fault.
+    Raises `CheckpointError`, `OptionError` or `OutputError`.
     """
     started = time.perf_counter()
     if out.exists() and not options.force:
@@ -141,6 +144,9 @@ def build(
             },
         )
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        if check is not None:
+            check(folder)
+            manifest = Bundle.open(folder).manifest  # it may list a report now
     return BuildResult(
         folder=out,
         manifest=manifest,
