@@ -27,6 +27,7 @@ from mcv_export.int8_cache import add_int8_cache, int8_cache_spec
 from mcv_export.plan import ModelPlan
 from mcv_export.precision import SUFFIXES, Wishes, resolved
 from mcv_export.text_graphs import write_text_graphs
+from mcv_runtime.bundle import Bundle
 from mcv_runtime.errors import CheckpointError, OutputError
 from mcv_runtime.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest
 
@@ -91,12 +92,14 @@ def build(
     *,
     model: str | None = None,
     revision: str | None = None,
+    check: Callable[[Path], object] | None = None,
     progress: Progress = lambda graph, done, total: None,
 ) -> BuildResult:
     """Build the bundle `out` from a checkpoint folder.
 
     Everything is written to a sibling folder that takes the name `out` at the end: a build that fails or is interrupted leaves
-    nothing behind. Raises `CheckpointError`, `OptionError` or `OutputError`.
+    nothing behind. `check` is shown that folder when the bundle in it is whole; what it raises ends the build like any fault.
+    Raises `CheckpointError`, `OptionError` or `OutputError`.
     """
     started = time.perf_counter()
     if out.exists() and not options.force:
@@ -148,6 +151,9 @@ def build(
             path = add_int8_cache(folder, samples.samples, progress)
             specs["decoder_with_past_kv8"] = int8_cache_spec(specs["decoder_with_past"], f"onnx/{path.name}", manifest.cache)
             manifest = _write_manifest(folder, describe, specs)
+        if check is not None:
+            check(folder)
+            manifest = Bundle.open(folder).manifest  # it may list a report now
     return BuildResult(
         folder=out,
         manifest=manifest,

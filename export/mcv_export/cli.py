@@ -6,7 +6,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,11 +21,13 @@ from mcv_calibration.target import Target
 from mcv_export.memory import peak_rss_mb
 from mcv_runtime import terminal
 from mcv_runtime.bundle import Bundle
-from mcv_runtime.errors import CheckpointError
+from mcv_runtime.errors import CheckpointError, OptionError
 from mcv_runtime.manifest import GraphName, Manifest
 
 if TYPE_CHECKING:
+    from mcv_calibration.samples import SampleSet
     from mcv_export.build import BuildResult
+    from mcv_export.calibrate import SampleOptions
 
 # torch takes seconds to import: the commands that need it import it themselves.
 
@@ -39,6 +42,15 @@ Model = Annotated[str, typer.Argument(help="Checkpoint: a folder, or a hub id su
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Override = Annotated[Precision | None, typer.Option(show_default=False, help="Precision of this graph.")]
+
+MaxKL = Annotated[
+    float | None,
+    typer.Option("--max-kl", help="Fail (exit code 3) above this mean KL divergence of next tokens from fp32, in nats."),
+]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option("--min-agreement", help="Fail (exit code 3) below this share of next tokens that are fp32's, 0 to 1."),
+]
 
 
 @app.command("build")
@@ -87,6 +99,14 @@ def build_command(
         Path | None, typer.Option(help="Questions about them: .txt, or .jsonl with pictures and answers.")
     ] = None,
     num_samples: Annotated[int, typer.Option(help="How many of them.")] = 32,
+    max_kl: MaxKL = None,
+    min_agreement: MinAgreement = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Keep the blocks that cost most at a higher precision until the limits are met.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Measure what it cost against the checkpoint (always done with limits).")
+    ] = False,
     recipe: Annotated[
         Path | None, typer.Option(help="All of the above from a file, or from the mcv.json of a bundle.", show_default=False)
     ] = None,
@@ -103,11 +123,13 @@ def build_command(
     as_json: Json = False,
 ) -> None:
     """Build a bundle. Needs little memory: weights are streamed and quantized a few rows at a time."""
+    from mcv_calibration.gate import Gate
     from mcv_export.build import BuildOptions, build
     from mcv_export.calibrate import SampleOptions
     from mcv_export.hub import locate
     from mcv_export.precision import Wishes, read_recipe
 
+    gate = Gate(max_kl=max_kl, min_agreement=min_agreement)
     overrides: dict[GraphName, Precision | None] = {
         "vision_encoder": vision,
         "resampler": resampler,
@@ -134,7 +156,16 @@ def build_command(
     with _progress() as progress:
         folder = locate(model, revision=revision, cache_dir=cache_dir)
         hub_id = None if folder == Path(model).expanduser() else model  # a path says where a checkpoint lay, not what it is
-        result = build(folder, out, options, model=hub_id, revision=revision, progress=progress)
+        check = None
+        if search or report or not gate.open:
+            from mcv_export.report import judge
+            from mcv_export.search import search_recipe
+
+            samples = _samples(options.samples)
+            if search:
+                options = replace(options, recipe=search_recipe(folder, out, options, gate, samples, progress=progress))
+            check = partial(judge, name=out.name, checkpoint=folder, samples=samples, gate=gate, progress=progress)
+        result = build(folder, out, options, model=hub_id, revision=revision, check=check, progress=progress)
     if result.samples:
         typer.echo(f"mcv-export: calibrated with {result.samples.describe()}", err=True)
     if result.notice:
@@ -213,6 +244,63 @@ def verify(
         )
 
 
+@app.command("report")
+def report_command(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundle folders.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Their checkpoint (folder or hub id), as the reference in place of the first bundle in fp32."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pictures like those the model will see; else a set drawn here.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Questions: .txt, one a line, or .jsonl with pictures and answers.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Samples at most.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", help="Longest answer, in tokens.")] = 32,
+    max_kl: MaxKL = None,
+    min_agreement: MinAgreement = None,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Also measure what each block costs by itself (with --model; slow).")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to write the report (default: into the one bundle).")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Threads; by default one per physical core.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what quantization cost, against fp32 on the same pictures: report.json and report.html."""
+    from mcv_calibration.gate import Gate
+    from mcv_export.calibrate import SampleOptions
+    from mcv_export.hub import locate
+    from mcv_export.report import ReportOptions, keep, keep_in_bundle, report_on
+    from mcv_export.report_table import print_report
+
+    gate = Gate(max_kl=max_kl, min_agreement=min_agreement)
+    if out is None and not as_json and len(bundles) - (model is None) > 1:
+        raise OptionError("a report on several bundles belongs to none of them: say where to write it with --out FOLDER")
+    checkpoint = None if model is None else locate(model, revision=revision, cache_dir=cache_dir)
+    samples = _samples(SampleOptions(folder=calibration, prompts=prompts, count=num_samples))
+    options = ReportOptions(max_new_tokens=max_new_tokens, threads=threads, blocks=blocks)
+    with _progress() as progress:
+        made = report_on(bundles, samples, checkpoint=checkpoint, options=options, progress=progress)
+    if out is not None:
+        keep(made, out)
+    elif len(made.folders) == 1:
+        out = made.folders[0]
+        keep_in_bundle(made, out)
+    if as_json:
+        typer.echo(made.report.to_json(), nl=False)
+    else:
+        print_report(made.report)
+        typer.echo(f"see {out}/report.html")
+    for bundle in made.report.bundles:
+        gate.check(bundle)
+
+
 def main() -> None:
     """Entry point of `mcv-export`."""
     try:
@@ -237,6 +325,14 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[graph], completed=done)
 
         yield show
+
+
+def _samples(options: SampleOptions) -> SampleSet:
+    """The samples; what could not be used is counted and named on stderr."""
+    samples = options.samples()
+    if samples.skipped:
+        typer.echo(f"mcv-export: {len(samples.skipped)} samples skipped: {'; '.join(samples.skipped)}", err=True)
+    return samples
 
 
 def _print_result(result: BuildResult) -> None:

@@ -6,6 +6,7 @@
     |-- CheckpointError       (ValueError)         a published checkpoint cannot be used
     |-- OutputError           (OSError)            a result cannot be written
     |-- ImageError            (ValueError)         a picture cannot be used
+    |-- GateError             (ValueError)         a bundle costs more than it may; exit code 3
     |-- PromptError           (ValueError)         a prompt cannot be used
     |-- ChatFileError         (ValueError)         a saved conversation cannot be used
     |-- OptionError           (ValueError)         an option has a value that makes no sense
@@ -19,6 +20,9 @@ what is wrong and, where there is something to do, what to do next.
 
 class McvError(Exception):
     """Base of all errors that mcv raises on purpose."""
+
+    exit_code = 2
+    """Of a command that ends with it."""
 
 
 class BundleError(McvError, FileNotFoundError):
@@ -39,6 +43,12 @@ class OutputError(McvError, OSError):
 
 class ImageError(McvError, ValueError):
     """A picture cannot be read, or is beyond a limit."""
+
+
+class GateError(McvError, ValueError):
+    """A bundle was measured and costs more than it may."""
+
+    exit_code = 3
 
 
 class PromptError(McvError, ValueError):

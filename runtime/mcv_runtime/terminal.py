@@ -1,4 +1,4 @@
-"""How mcv's commands end: a known error is one line on stderr and exit code 2, never a traceback."""
+"""How mcv's commands end: a known error is one line on stderr and its exit code, mostly 2, never a traceback."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def finish(work: Callable[[], int | None], name: str, *, interrupted: str = "") 
             raise KeyboardInterrupt
         sys.stdout.flush()
     except McvError as error:
-        code = _complain(f"{name}: {error}", USAGE)
+        code = _complain(f"{name}: {error}", error.exit_code)
     except TyperException as error:  # a command line that makes no sense
         code = _complain(f"{name}: {error.format_message()} See {name} --help.", USAGE)
     except (KeyboardInterrupt, typer.Abort):

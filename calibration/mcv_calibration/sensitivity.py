@@ -1,0 +1,139 @@
+"""What each block of a graph costs by itself: the error when it alone is quantized and all else is in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from mcv_calibration.distances import DistributionErrors, TensorErrors
+from mcv_graphs.formats import Int8Format
+from mcv_graphs.layers import Embedding, Folds, Linear
+from mcv_runtime.manifest import GraphName
+from mcv_runtime.sessions import Session
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Feed = Mapping[str, "NDArray[Any]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What is quantized or not together: `layers` are the beginnings of paths that a recipe names, `members` the modules."""
+
+    layers: tuple[str, ...]
+    members: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.layers[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockError:
+    """What one block costs by itself: a decoder's in nats of the next tokens, another's in the graph's result."""
+
+    graph: GraphName
+    layers: tuple[str, ...]
+    relative: float | None
+    sqnr_db: float | None
+    cosine_mean: float | None
+    kl_mean: float | None
+
+    @property
+    def name(self) -> str:
+        return self.layers[0]
+
+    @property
+    def cost(self) -> float:
+        """Comparable among the blocks of one graph."""
+        return self.kl_mean if self.kl_mean is not None else self.relative or 0.0
+
+
+def blocks(module: nn.Module) -> list[Block]:
+    """Every layer of the stack, and what else has weights, in the module's order.
+
+    Linears that read a norm of their own go with it, because smoothing may have moved a factor from one to the other.
+    """
+    found: list[Block] = []
+    grouped = {layer: (norm, layers) for norm, layers in cast(Folds, getattr(module, "FOLDS", ())) for layer in layers}
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            found += [Block((f"{name}.{index}",), (f"{name}.{index}",)) for index in range(len(child))]
+        elif name in grouped:
+            norm, layers = grouped[name]
+            if name == layers[0]:
+                found.append(Block(layers, (norm, *layers)))
+        elif any(isinstance(layer, Linear | Embedding) for layer in child.modules()):
+            found.append(Block((name,), (name,)))
+    return found
+
+
+def sensitivities(
+    graph: GraphName,
+    session: Session,
+    module: nn.Module,
+    quantized: nn.Module,
+    feeds: Sequence[Feed],
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> list[BlockError]:
+    """Of all blocks that `quantized` has in less than float, the costliest first.
+
+    `session` runs `module`, the graph in float, into which the blocks of the other are put one at a time.
+    """
+    wanted = [block for block in blocks(quantized) if any(_reduced(quantized.get_submodule(path)) for path in block.members)]
+    if not wanted:
+        return []
+    expected = [session.run(None, dict(feed))[0] for feed in feeds]
+    errors = []
+    for done, block in enumerate(wanted, 1):
+        with _swapped(module, quantized, block.members):
+            found = [session.run(None, dict(feed))[0] for feed in feeds]
+        errors.append(_error(graph, block, expected, found))
+        advance(done, len(wanted))
+    return sorted(errors, key=lambda error: -error.cost)
+
+
+def _error(graph: GraphName, block: Block, expected: Sequence[NDArray[Any]], found: Sequence[NDArray[Any]]) -> BlockError:
+    if graph == "decoder_with_past":
+        tokens = DistributionErrors()
+        for right, own in zip(expected, found, strict=True):
+            tokens.add(right, own)
+        kl = tokens.result()
+        assert kl is not None
+        return BlockError(graph=graph, layers=block.layers, relative=None, sqnr_db=None, cosine_mean=None, kl_mean=kl.kl_mean)
+    tensors = TensorErrors()
+    for right, own in zip(expected, found, strict=True):
+        tensors.add(right, own)
+    error = tensors.result()
+    assert error is not None
+    return BlockError(
+        graph=graph,
+        layers=block.layers,
+        relative=error.relative,
+        sqnr_db=error.sqnr_db,
+        cosine_mean=error.cosine_mean,
+        kl_mean=None,
+    )
+
+
+def _reduced(module: nn.Module) -> bool:
+    layers = [layer for layer in module.modules() if isinstance(layer, Linear | Embedding)]
+    return any(isinstance(layer.format, Int8Format) or layer.format.quantized for layer in layers)
+
+
+@contextmanager
+def _swapped(module: nn.Module, other: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """Have the other module's submodules in the place of these."""
+    own = {path: module.get_submodule(path) for path in paths}
+    for path in paths:
+        module.set_submodule(path, other.get_submodule(path))
+    try:
+        yield
+    finally:
+        for path, child in own.items():
+            module.set_submodule(path, child)
