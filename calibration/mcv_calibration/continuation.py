@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mcv_runtime.decoding import penalised
 from mcv_runtime.manifest import GenerationSpec, Manifest
 from mcv_runtime.prompts import Prompt
+from mcv_runtime.sampling import penalised
 from mcv_runtime.sessions import feed
 
 if TYPE_CHECKING:

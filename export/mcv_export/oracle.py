@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from mcv_calibration.continuation import continuation_feed
 from mcv_export import config as cfg
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.eager import eager_module
@@ -22,7 +23,6 @@ from mcv_runtime.engine import Engine, load
 from mcv_runtime.errors import OptionError
 from mcv_runtime.manifest import FILE_NAME, GraphName, GraphSpec, Manifest
 from mcv_runtime.prompts import Prompt
-from mcv_runtime.sessions import feed
 
 
 class TorchSession:
@@ -66,23 +66,8 @@ def prompt_feed(
     manifest: Manifest, prompt: Prompt, embeds: Sequence[NDArray[np.float32]], logit_positions: NDArray[np.int64]
 ) -> dict[str, NDArray[Any]]:
     """What a decoder is given to read a prompt at once; `embeds` are its pictures' visual tokens, each [tokens, hidden]."""
-    spec = manifest.graphs["decoder_with_past"].inputs
-    count = len(prompt.ids)
-    positions = np.arange(count) if prompt.positions is None else prompt.positions
-    axes = spec["position_ids"].shape[:-2] if "position_ids" in spec else ()
-    values: dict[str, Any] = {
-        "input_ids": prompt.ids[None],
-        "vision_embeds": np.concatenate([np.empty((0, manifest.hidden_size), np.float32), *embeds]),
-        "vision_positions": prompt.visual_positions,
-        "position_ids": np.broadcast_to(positions[..., None, :], (*axes, 1, count)),  # type: ignore[arg-type]
-        "logit_positions": logit_positions,
-        "seqlens_k": np.array([count - 1]),
-        "total_sequence_length": np.full([1] * len(spec["total_sequence_length"].shape), count),
-    }
-    sizes = {"batch": 1, "cache_length": 0}
-    for entry in manifest.cache:
-        values[entry.input] = np.zeros([sizes[n] if isinstance(n, str) else n for n in entry.shape], entry.dtype)
-    return feed(spec, values)
+    visual = np.concatenate([np.empty((0, manifest.hidden_size), np.float32), *embeds])
+    return {**continuation_feed(manifest, prompt, visual, [0]), "logit_positions": logit_positions}
 
 
 def oracle_engine(plan: ModelPlan, checkpoint: Checkpoint, modules: Mapping[GraphName, nn.Module] | None = None) -> Engine:
