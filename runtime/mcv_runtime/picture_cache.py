@@ -94,7 +94,7 @@ def vision_identity(bundle: Bundle) -> str:
     manifest = bundle.manifest
     digests = {}
     for name, graph in manifest.graphs.items():
-        if name == "decoder_with_past":
+        if name.startswith("decoder"):
             continue
         paths = bundle.path(graph.file).parent.glob(f"{bundle.path(graph.file).name}*")  # the graph, and its weights
         for path in sorted(paths):

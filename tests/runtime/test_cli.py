@@ -34,6 +34,14 @@ def test_answer_alone_on_stdout_without_the_toolchain(golden_bundle, golden_engi
     assert done.stdout == golden_engine.ask(drawn, "What is this?", max_new_tokens=12).text + "\n"
 
 
+def test_options_for_small_machines(golden_bundle, golden_engine, drawn, tmp_path):
+    options = ["--low-memory", "--cache-dir", tmp_path / "cache", "-m", golden_bundle, "--image", drawn, "-n", 4, "--json"]
+    first, again = (json.loads(run(*options, "-p", "What is this?").stdout) for _ in range(2))
+    expected = list(golden_engine.ask(drawn, "What is this?", max_new_tokens=4).tokens)
+    assert first["tokens"] == again["tokens"] == expected
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_json(golden_bundle, golden_engine, drawn, golden_root):
     wide = golden_root / "images" / "synth_2000x180.png"
     done = run("--image", wide, "--image", drawn, "--prompt", "What?", "-n", 3, "--json", MCV_BUNDLE=str(golden_bundle))

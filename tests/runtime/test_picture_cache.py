@@ -203,7 +203,7 @@ for _ in range(300):
 
 def test_threads_that_want_the_same_picture_encode_it_once(golden_bundle):
     factory = Counted()
-    engine = load(golden_bundle, threads=1, session_factory=factory, picture_cache_mb=0)  # nothing is kept afterwards
+    engine = load(golden_bundle, threads=1, session_factory=factory)
     factory.gate.clear()
     with ThreadPoolExecutor(4) as pool:
         orders = [(1, 2), (2, 1), (1, 2), (2,)]
@@ -211,10 +211,11 @@ def test_threads_that_want_the_same_picture_encode_it_once(golden_bundle):
                  for order in orders]  # fmt: skip
         threading.Timer(0.3, factory.gate.set).start()
         encoded = [future.result(60) for future in asked]
+    assert len(factory.runs) == 4  # tower and resampler, two pictures
     pictures = {1: encoded[0][0], 2: encoded[0][1]}
     for order, found in zip(orders, encoded, strict=True):
         for number, picture in zip(order, found, strict=True):
-            np.testing.assert_allclose(picture.embeds, pictures[number].embeds, rtol=0, atol=1e-5)
+            assert picture.embeds is pictures[number].embeds
 
 
 def waiting(cache, key):
