@@ -50,7 +50,8 @@ def main() -> None:
             flush()
         # A norm's weight is about 1; a linear keeps the scale of what it is given.
         if len(shape) == 1:
-            value = torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
+            norm = name.endswith("weight") and ("norm" in name or ".ln_" in name)
+            value = torch.ones(shape) if norm else torch.zeros(shape)
         else:
             value = torch.empty(shape, dtype=torch.bfloat16).normal_(0, (size // shape[0]) ** -0.5, generator=generator)
         shard[name] = value.bfloat16()

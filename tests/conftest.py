@@ -11,7 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -181,6 +181,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "merger_family" in metafunc.fixturenames:
         merger = [family for family in FAMILIES if isinstance(_family_cases(family)[0], MergerCase)]
         metafunc.parametrize("merger_family", merger)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What calibrations keep goes into a folder of the tests, also from the programs that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MCV_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -30,9 +30,10 @@ def start(decoder: AnyDecoder, io: GraphIO, feed: Mapping[str, NDArray[Any]]) ->
     A state takes 8 bytes for each of T * hidden values, and is all that is kept of a sample. Behind the last layer's mixture
     over time only `logit_positions` go on, so ask for all positions if that layer shall see as much as the others.
     """
-    past = [torch.from_numpy(feed[entry.input]) for entry in io.cache]
+    # torch warns of what it might write to, such as a picture's kept embeddings
+    tensors = {name: torch.from_numpy(np.require(value, requirements="W")) for name, value in feed.items()}
     begin: Callable[..., State] = decoder.start  # the two decoders take their inputs in different orders: in io's
-    return begin(*(torch.from_numpy(feed[name]) for name in io.inputs), past)
+    return begin(*(tensors[name] for name in io.inputs), [tensors[entry.input] for entry in io.cache])
 
 
 def walk(decoder: AnyDecoder, states: Sequence[State], visit: Visit) -> list[State]:

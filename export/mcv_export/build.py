@@ -26,6 +26,7 @@ from mcv_export.graph_files import DataFile, Progress, storage_of, write_graph, 
 from mcv_export.int8_cache import add_int8_cache, int8_cache_spec
 from mcv_export.plan import ModelPlan
 from mcv_export.precision import SUFFIXES, Wishes, resolved
+from mcv_export.sources import resolve
 from mcv_export.text_graphs import write_text_graphs
 from mcv_runtime.bundle import Bundle
 from mcv_runtime.errors import CheckpointError, OutputError
@@ -110,8 +111,10 @@ def build(
     plan = family.plan(checkpoint)
     _reject_unknown_tensors(plan, checkpoint, family.title)
     recipe = resolved(wanted, [graph.name for graph in plan.graphs if not graph.shares])
-    calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
+    for graph in plan.graphs:
+        resolve(graph, checkpoint)  # what is wrong with a tensor is said now, not when minutes of calibration are over
     with _all_or_nothing(out) as folder:
+        calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
         cfg.copy_texts(checkpoint, folder, plan.chat_template)
         if options.text_graphs:
             write_text_graphs((folder / plan.text.tokenizer).read_text(encoding="utf-8"), folder)

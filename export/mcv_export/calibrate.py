@@ -46,21 +46,25 @@ _ROWS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOptions:
-    """Where samples come from: a folder of pictures with a file of questions, or what is drawn here."""
+    """Where samples come from: a folder of pictures with a file of questions, or what is drawn here.
+
+    `count` of them, by default 32, or 16 of those drawn here. Of these a tower sees the overview alone: they have no finer
+    detail, and a full-size tower takes seconds for a slice.
+    """
 
     folder: Path | None = None
     prompts: Path | None = None
-    count: int = 32
+    count: int | None = None
     store: Path | None = None
     """Where what was measured is kept; by default the user's cache folder."""
 
     def samples(self) -> SampleSet:
         """The samples; raises `OptionError` or `ImageError` where there are none."""
         if self.folder is not None:
-            return folder_samples(self.folder, self.prompts, self.count)
+            return folder_samples(self.folder, self.prompts, 32 if self.count is None else self.count)
         if self.prompts is not None:
             raise OptionError(f"{self.prompts} are questions about pictures; give their folder too, with --calibration")
-        return builtin_samples(self.count)
+        return builtin_samples(16 if self.count is None else self.count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +84,7 @@ def calibrate(
         return Calibration(graphs={})
     samples = options.samples()
     found = {
-        graph.name: _Bench(plan, graph, checkpoint, samples, options.store, progress).measured(
+        graph.name: _Bench(plan, graph, checkpoint, samples, options, progress).measured(
             recipe.graphs[graph.name], recipe.target
         )
         for graph in asking
@@ -96,7 +100,7 @@ class _Bench:
     graph: GraphPlan
     checkpoint: Checkpoint
     samples: SampleSet
-    store: Path | None
+    options: SampleOptions
     progress: CalibrationProgress
 
     def measured(self, recipe: GraphRecipe, target: Target) -> Measured:
@@ -129,7 +133,7 @@ class _Bench:
         def rows(path: str) -> Iterator[NDArray[np.float32]]:
             return (chunk for _, chunk in sources[f"{path}.weight"].chunks())
 
-        store = Store(self._origin(found), self.store)
+        store = Store(self._origin(found), self.options.store)
         seen = measure(
             module, self._run(module), self.samples, recipe, layer_inputs(module), rows, store, self._label(self.progress)
         )
@@ -158,7 +162,7 @@ class _Bench:
             self.progress(f"{self.graph.name}: gptq", len(done), len(layers))
 
         key = content_hash(self._origin(found), self.samples.content_hash(), repr(sorted(formats.items(), key=str)))
-        folder = (self.store or cache_folder()) / "gptq" / key
+        folder = (self.options.store or cache_folder()) / "gptq" / key
         blocks = quantize_layers(
             cast(AnyDecoder, module),
             states,
@@ -193,11 +197,12 @@ class _Bench:
         downsample = self.plan.image.downsample
         # a tower is shown pictures in every mode that it serves, what comes behind it in the default one
         modes: list[str | None] = [mode for mode, spec in downsample.items() if spec.graph in modules]
+        slices = 1 if self.options.folder is None else None
 
         def encode(sample: Sample) -> None:
             for image in sample.images:
                 for mode in modes or [None]:
-                    engine.encode_image(image, downsample_mode=mode)
+                    engine.encode_image(image, downsample_mode=mode, max_slice_nums=slices)
 
         return encode
 

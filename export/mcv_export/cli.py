@@ -61,7 +61,7 @@ def build_command(
         Precision | None,
         typer.Option(
             help="Of all graphs: float, weights in 8- or 4-bit blocks, or 8-bit integers throughout, their ranges measured "
-            "beforehand (static) or in each call (dynamic). Default: decoder q4, vision and resampler q8.",
+            "beforehand (static) or in each call (dynamic). Default: decoder q4, vision and resampler int8-static.",
             show_default=False,
         ),
     ] = None,
@@ -98,7 +98,9 @@ def build_command(
     prompts: Annotated[
         Path | None, typer.Option(help="Questions about them: .txt, or .jsonl with pictures and answers.")
     ] = None,
-    num_samples: Annotated[int, typer.Option(help="How many of them.")] = 32,
+    num_samples: Annotated[
+        int | None, typer.Option(help="How many of them. Default: 32, or 16 of those drawn here.", show_default=False)
+    ] = None,
     max_kl: MaxKL = None,
     min_agreement: MinAgreement = None,
     search: Annotated[

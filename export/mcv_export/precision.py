@@ -20,8 +20,12 @@ SUFFIXES: dict[Precision, str] = {
     "int8-dynamic": "_int8_dynamic",
 }
 
-DEFAULT: dict[GraphName, Precision] = {"vision_encoder": "q8", "resampler": "q8", "decoder_with_past": "q4"}
-"""4 bits lose too much of a vision tower and save little beside the decoder."""
+DEFAULT: dict[GraphName, Precision] = {
+    "vision_encoder": "int8-static",
+    "resampler": "int8-static",
+    "decoder_with_past": "q4",
+}
+"""The fastest that keeps what the model can do (benchmarks/results: tower-*.json, tiny-quality.json)."""
 
 ROLES: dict[GraphName, GraphName] = {
     "vision_encoder_16x": "vision_encoder",

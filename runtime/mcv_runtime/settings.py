@@ -17,6 +17,8 @@ from mcv_runtime.sampling import Sampling
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt that are read at once: bounds the memory of the activations, not what is computed."""
+MOST_ROWS = 256
+"""Answers, or beams, that are decoded side by side: each has a cache of its own."""
 _SAMPLING = ("top_k", "top_p", "min_p", "seed")
 _GUIDES: tuple[GrammarKind, ...] = ("json_schema", "regex", "choices")
 
@@ -88,6 +90,9 @@ class Settings:
         for name in ("max_new_tokens", "num_beams", "num_return_sequences", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("num_beams", "num_return_sequences"):
+            if getattr(self, name) > MOST_ROWS:
+                raise OptionError(f"{name} must be at most {MOST_ROWS}, not {getattr(self, name)}")
         if not all(self.stop):
             raise OptionError("a stop string is empty; leave it out")
         if self.timeout is not None and not self.timeout > 0:

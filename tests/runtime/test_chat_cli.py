@@ -186,10 +186,12 @@ class TestTerminal:
         typist.wait("> ")
         typist.type("/help\r", "Ctrl-C stops an answer")
         typist.wait("> ")
-        typist.type("half a question\x03", "Ctrl-D leaves")
+        typist.type("half a question", "half a question")  # only then does readline see a signal at once
+        typist.type("\x03", "Ctrl-D leaves")
         typist.wait("> ")
         typist.type("\x1b[A", "/help")  # history
-        typist.type("\x15\x04", "")
+        typist.type("\x15", "")
+        typist.type("\x04", "")
         assert typist.process.wait(60) == 0
 
     def test_without_colours(self, terminal):

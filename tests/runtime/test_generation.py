@@ -172,6 +172,7 @@ def test_a_cancelled_batch_and_stream(engine):
         ({"temperature": 1.0, "num_beams": 2}, "exclude"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
         ({"num_beams": 0}, "num_beams"),
+        ({"num_beams": 10**9}, "num_beams"),
         ({"stop": ["a", ""]}, "stop string"),
         ({"timeout": 0}, "timeout"),
         ({"prompt_lookup": True, "temperature": 1.0}, "prompt_lookup"),
