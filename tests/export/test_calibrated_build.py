@@ -135,7 +135,7 @@ def test_the_command_line_says_it_all(
     monkeypatch.setenv("MCV_CACHE", str(tmp_path / "cache"))
     source, out = golden_root / "minicpmv2_6" / "checkpoint", tmp_path / "bundle"
     given: list[Any] = ["--calibration", samples.folder, "--num-samples", 2, "--prompts", samples.prompts]
-    how = ["--vision", "int8-static", "--target", "avx2", "--ranges", "mse", "--smoothing", 0.4, "--mixed"]
+    how = ["--vision", "int8-static", "--resampler", "q8", "--target", "avx2", "--ranges", "mse", "--smoothing", 0.4, "--mixed"]
     code, told = run("build", source, out, *given, *how, "--method", "k-quant", "--prune-ffn", 0.25)
     assert code == 0
     assert "calibrated with 2 samples" in told
