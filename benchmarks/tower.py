@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from full_size import _cpu
+from torch import nn
 
 from mcv_calibration.measured import NOTHING
 from mcv_calibration.recipe import GraphRecipe, Precision, Recipe
@@ -29,6 +30,7 @@ from mcv_export.calibrate import SampleOptions, calibrate
 from mcv_export.checkpoint import open_checkpoint
 from mcv_export.families import recognise
 from mcv_export.graph_files import storage_of, write_graph
+from mcv_graphs.layers import Linear
 from mcv_runtime.manifest import GraphName, GraphSpec
 from mcv_runtime.sessions import Session, cpu_session, session_options
 from mcv_runtime.tower import Tower
@@ -45,6 +47,22 @@ def gops(run: Callable[[], object], operations: float, seconds: float = 2.0) -> 
         run()
         best = min(best, time.perf_counter() - start)
     return operations / best / 1e9
+
+
+def operation_counts(tower: nn.Module, rows: int) -> tuple[float, float]:
+    """Multiplications and additions of the linear layers and of attention, for so many patches."""
+    merge_after = getattr(tower, "merge_after", None)
+    linear = attention = 0.0
+    for path, layer in tower.named_modules():
+        if not isinstance(layer, Linear) or not layer.quantizable:
+            continue
+        number = int(path.split(".")[1]) if path.startswith("layers.") else 0
+        merged = merge_after is not None and (number > merge_after or path.startswith("vit_merger.linear"))
+        here = rows // 4 if merged else rows
+        linear += 2 * here * layer.in_features * layer.out_features
+        if path.startswith("layers.") and path.endswith("q_proj"):
+            attention += 4 * here**2 * layer.out_features
+    return linear, attention
 
 
 def main() -> None:
@@ -92,7 +110,7 @@ def main() -> None:
                 hidden[precision] = tower.look(picture.slices[:1], picture.downsample_mode, 0)["vision_hidden"]
                 if number:  # the first round warms up
                     times[precision].append(time.perf_counter() - start)
-    rows, width, ffn, layers = 1024, 1152, 4304, 27
+    rows, width, ffn = 1024, 1152, 4304
     a, b = torch.randn(rows, width), torch.randn(width, ffn)
     i, j = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((rows, width), (width, ffn)))
     operations = 2 * rows * width * ffn
@@ -100,8 +118,7 @@ def main() -> None:
         "float": gops(lambda: a @ b, operations),
         "int8": gops(lambda: torch._int_mm(i, j), operations),
     }
-    linear = 2 * rows * layers * (4 * width**2 + 2 * width * ffn)
-    attention = 4 * layers * rows**2 * width
+    linear, attention = operation_counts(graph.module(), rows)
     ceiling = linear / speeds["int8"] / 1e9 + attention / speeds["float"] / 1e9
     medians = {precision: statistics.median(values) for precision, values in times.items()}
     reference = hidden["fp32"].ravel()
