@@ -25,7 +25,6 @@ from mcv_export.storage import IN_FLOAT
 from mcv_graphs.layers import Linear, WeightFormat
 from mcv_runtime.errors import OptionError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 Q4 = WeightFormat(bits=4, block_size=32)
 FAMILIES = ["minicpmv2_6", "minicpmv4_6"]
 
@@ -85,8 +84,8 @@ class Golden:
 
 
 @pytest.fixture(params=FAMILIES)
-def golden(request: pytest.FixtureRequest) -> Golden:
-    checkpoint = open_checkpoint(GOLDEN / request.param / "checkpoint")
+def golden(request: pytest.FixtureRequest, golden_root: Path) -> Golden:
+    checkpoint = open_checkpoint(golden_root / request.param / "checkpoint")
     plan = recognise(checkpoint.config).plan(checkpoint).graphs[-1]
     decoder = eager_module(plan, checkpoint)
     return Golden(plan, decoder, resolve(plan, checkpoint, IN_FLOAT), [])
