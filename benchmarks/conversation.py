@@ -2,7 +2,7 @@
 
     python benchmarks/conversation.py BUNDLE benchmarks/results/NAME.json --note "two cores, shared"
 
-Time to first token: from the question to the first piece of text, pictures cut, encoded and read. Turns of both kinds are
+Time to first token: from the question to the first token of the answer, pictures cut, encoded and read. Turns of both kinds are
 interleaved, medians are given; every first turn shows a picture that was not seen before.
 """
 
@@ -13,25 +13,28 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mcv_runtime import Chat, Request, load
+from mcv_runtime import Answer, Chat, Event, Request, load
 
 TOKENS = 16
 
 
-def first_token_s(pieces: Iterator[str]) -> float:
-    """Seconds until something of the answer is there; the rest is read too."""
-    start = time.perf_counter()
-    next(pieces, None)
-    taken = time.perf_counter() - start
-    for _ in pieces:
-        pass
-    return taken
+def first_token_s(ask: Callable[..., Answer]) -> float:
+    """Seconds until the first token is there; the rest of the answer is made too."""
+    start, first = time.perf_counter(), list[float]()
+
+    def note(event: Event) -> None:
+        if event.stage == "answer" and not first:
+            first.append(time.perf_counter() - start)
+
+    ask(progress=note)
+    return first[0]
 
 
 def pictures(side: int) -> Iterator[Image.Image]:
@@ -59,8 +62,8 @@ def main() -> None:
     for _ in range(arguments.rounds):
         picture = next(drawn)
         chat: Chat = engine.chat(max_new_tokens=TOKENS)
-        first.append(first_token_s(chat.stream(picture, "What is in the picture?")))
-        second.append(first_token_s(chat.stream(None, "And what colour is it?")))
+        first.append(first_token_s(partial(chat.ask, picture, "What is in the picture?")))
+        second.append(first_token_s(partial(chat.ask, None, "And what colour is it?")))
         asked = engine.ask(picture, "Is there any text?", max_new_tokens=TOKENS)
         again.append(asked.timings.preprocess + asked.timings.vision + asked.timings.prefill)
         vision.append(asked.timings.vision)
