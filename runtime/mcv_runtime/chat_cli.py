@@ -87,7 +87,8 @@ class TerminalChat:
     def _answer(self, question: str) -> None:
         waiting, self._waiting = self._waiting, []
         bar = ProgressBar(sys.stderr)
-        with _stopping_on_ctrl_c() as cancel:
+        cancel = threading.Event()
+        with _on_ctrl_c(cancel.set):
             pieces = self._chat.stream(waiting, question, cancel=cancel, progress=bar)
             answer = print_answer(pieces, bar)
         if not answer.tokens:  # then there was no turn
@@ -158,14 +159,18 @@ def chat_lines() -> Iterator[str]:
         readline.parse_and_bind("tab: complete")
         readline.set_completer_delims("\n")
         readline.set_completer(lambda text, number: dict(enumerate(completions(text))).get(number))
-    while True:
-        try:
-            yield input(_PROMPT)
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:
-            _notice("\nCtrl-D leaves")
+    with _on_ctrl_c(lambda: None):  # pressed once too often, it ends nothing
+        while True:
+            try:
+                with _on_ctrl_c(_interrupt):
+                    line = input(_PROMPT)
+            except EOFError:
+                print(file=sys.stderr)
+                return
+            except KeyboardInterrupt:
+                _notice("\nCtrl-D leaves")
+            else:
+                yield line
 
 
 def completions(line: str) -> list[str]:
@@ -185,18 +190,21 @@ def completions(line: str) -> list[str]:
 
 
 @contextmanager
-def _stopping_on_ctrl_c() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, instead of ending the program in the middle of something."""
-    cancel = threading.Event()
+def _on_ctrl_c(do: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C does this, instead of ending the program in the middle of something."""
 
-    def set_event(number: int, frame: FrameType | None) -> None:
-        cancel.set()
+    def handle(number: int, frame: FrameType | None) -> None:
+        do()
 
-    before = signal.signal(signal.SIGINT, set_event)
+    before = signal.signal(signal.SIGINT, handle)
     try:
-        yield cancel
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def _paths(rest: str, example: str, most: int | None = None) -> list[Path]:

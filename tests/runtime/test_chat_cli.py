@@ -186,13 +186,21 @@ class TestTerminal:
         typist.wait("> ")
         typist.type("/help\r", "Ctrl-C stops an answer")
         typist.wait("> ")
-        typist.type("half a question", "half a question")  # only then does readline see a signal at once
-        typist.type("\x03", "Ctrl-D leaves")
+        typist.type("half a question", "half a question")
+        typist.press_until("\x03", "Ctrl-D leaves")
         typist.wait("> ")
         typist.type("\x1b[A", "/help")  # history
         typist.type("\x15", "")
         typist.type("\x04", "")
         assert typist.process.wait(60) == 0
+
+    def test_ctrl_c_pressed_many_times_ends_nothing(self, terminal):
+        typist = terminal("--image", "one.png")
+        typist.wait("> ")
+        for _ in range(20):
+            typist.press_until("\x03\x03\x03", "Ctrl-D leaves")
+        typist.wait("> ")
+        typist.type(f"{TEXT}\r", "HELLO\r\n")
 
     def test_without_colours(self, terminal):
         typist = terminal("--image", "one.png", NO_COLOR="1")
@@ -229,12 +237,26 @@ class Typist:
 
     def wait(self, pattern, seconds=60):
         """What is shown up to and with `pattern`."""
+        shown = self._shown(pattern, seconds)
+        assert shown is not None, f"{pattern!r} was not shown, but {self._unread[-500:]!r}"
+        return shown
+
+    def press_until(self, keys, expected):
+        """Like `type`, but again and again: Python misses a signal that comes just before it waits for the next key."""
+        for _ in range(30):
+            os.write(self._master, keys.encode())
+            if self._shown(re.escape(expected), 2):
+                return
+        raise AssertionError(f"{expected!r} was not shown, but {self._unread[-500:]!r}")
+
+    def _shown(self, pattern, seconds):
         import select
 
         until = time.monotonic() + seconds
         while not (found := re.search(pattern, self._unread)):
             ready, _, _ = select.select([self._master], [], [], max(until - time.monotonic(), 0))
-            assert ready, f"{pattern!r} was not shown, but {self._unread[-500:]!r}"
+            if not ready:
+                return None
             self._unread += os.read(self._master, 4096).decode(errors="replace")
         shown, self._unread = self._unread[: found.end()], self._unread[found.end() :]
         return shown
