@@ -75,11 +75,6 @@ class PromptLookup:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
 
-def draft(history_ids: Sequence[int], *, longest: int = 3, count: int = 10) -> list[int]:
-    """What followed the longest run of up to `longest` tokens at the end, the last time that it occurred before."""
-    return PromptLookup(history_ids, longest=longest).guess(count)
-
-
 def lookup_greedy(
     first_logits_V: NDArray[np.float32],
     read: Callable[[list[int]], NDArray[np.float32]],

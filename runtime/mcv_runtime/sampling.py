@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -54,13 +54,6 @@ class Sampling:
             raise OptionError(f"seed must be at least 0, not {self.seed}")
 
 
-class Drawn(NamedTuple):
-    """A token, and its natural log-probability in the distribution that it was drawn from: after penalties and cuts."""
-
-    token: int
-    log_probability: float
-
-
 class Sampler:
     """Draws the tokens of one answer with a generator of its own: the same seed, the same tokens."""
 
@@ -68,20 +61,15 @@ class Sampler:
         self._settings = settings
         self._generator = np.random.Generator(np.random.PCG64(settings.seed))
 
-    def sample(self, logits_V: NDArray[np.floating[Any]], generated: Collection[int] = ()) -> Drawn:
+    def draw(self, logits_V: NDArray[np.floating[Any]], generated: Collection[int] = ()) -> int:
         """The next token after those `generated`; tokens whose logit is -inf are never drawn."""
         ids, weights = _candidates(logits_V, self._settings, generated)
         if len(ids) == 1:
-            return Drawn(int(ids[0]), 0.0)
+            return int(ids[0])
         cumulative = np.cumsum(weights)
         place = np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right")
         last = np.searchsorted(cumulative, cumulative[-1])  # rounding must not lead behind it, to what has no weight
-        chosen = min(int(place), int(last))
-        return Drawn(int(ids[chosen]), math.log(weights[chosen] / cumulative[-1]))
-
-    def draw(self, logits_V: NDArray[np.floating[Any]], generated: Collection[int] = ()) -> int:
-        """`sample`'s token alone."""
-        return self.sample(logits_V, generated).token
+        return int(ids[min(int(place), int(last))])
 
 
 def distribution(

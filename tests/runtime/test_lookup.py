@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcv_runtime.lookup import PromptLookup, draft, lookup_greedy
+from mcv_runtime.lookup import PromptLookup, lookup_greedy
 from mcv_runtime.sampling import penalised
 
 VOCAB = 12
@@ -47,7 +47,7 @@ def greedy(model, stop, limit, penalty):
 
 
 def searched(history, longest, count):
-    """`draft`, looking everywhere."""
+    """`PromptLookup.guess`, looking everywhere."""
     for size in range(min(longest, len(history)), 0, -1):
         for start in range(len(history) - 1, size - 1, -1):
             if history[start - size : start] == history[-size:]:
@@ -57,19 +57,26 @@ def searched(history, longest, count):
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 4), st.integers(1, 6))
 @settings(deadline=None)
-def test_draft_follows_the_last_occurrence_of_the_longest_run(history, longest, count):
-    assert draft(history, longest=longest, count=count) == searched(history, longest, count)
+def test_a_guess_follows_the_last_occurrence_of_the_longest_run(history, longest, count):
+    assert PromptLookup(history, longest=longest).guess(count) == searched(history, longest, count)
     grown = PromptLookup(history[:5], longest=longest)
     for token in history[5:]:
         grown.append(token)
     assert grown.guess(count) == searched(history, longest, count)
 
 
-def test_draft():
-    assert draft([1, 2, 3, 4, 9, 2, 3]) == [4, 9, 2, 3]
-    assert draft([1, 2, 3, 5, 1, 2, 3, 4, 2, 3], count=1) == [4]
-    assert draft([7, 7]) == [7]
-    assert draft([1, 2, 3]) == draft([]) == []
+@pytest.mark.parametrize(
+    ("history", "count", "guess"),
+    [
+        ([1, 2, 3, 4, 9, 2, 3], 10, [4, 9, 2, 3]),
+        ([1, 2, 3, 5, 1, 2, 3, 4, 2, 3], 1, [4]),
+        ([7, 7], 10, [7]),
+        ([1, 2, 3], 10, []),
+        ([], 10, []),
+    ],
+)
+def test_guess(history, count, guess):
+    assert PromptLookup(history).guess(count) == guess
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])

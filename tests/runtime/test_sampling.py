@@ -88,14 +88,6 @@ def test_a_distribution_that_is_off_would_be_noticed():
     assert ((counts - expected)[common] ** 2 / expected[common]).sum() > common.sum() + 6 * np.sqrt(2 * common.sum())
 
 
-def test_log_probability_is_that_of_the_distribution_drawn_from():
-    logits_V, settings = random_logits(2), Sampling(temperature=0.8, top_k=9, top_p=0.9, repetition_penalty=1.2, seed=0)
-    sampler, wanted = Sampler(settings), np.log(np.maximum(distribution(logits_V, settings, GENERATED), 1e-300))
-    for _ in range(50):
-        token, log_probability = sampler.sample(logits_V, GENERATED)
-        assert log_probability == pytest.approx(wanted[token], abs=1e-12)
-
-
 def test_same_seed_same_tokens():
     def tokens(seed):
         sampler = Sampler(Sampling(seed=seed))
@@ -116,7 +108,7 @@ def test_the_global_generator_is_left_alone():
 def test_temperature_of_0_takes_the_likeliest():
     logits_V = np.array([1.0, 3.0, 3.0, 2.9], np.float32)
     sampler = Sampler(Sampling(temperature=0, repetition_penalty=1.5))
-    assert sampler.sample(logits_V) == (1, 0.0)
+    assert sampler.draw(logits_V) == 1
     assert sampler.draw(logits_V, [1]) == 2
     assert sampler.draw(logits_V, [1, 2]) == 3
 
