@@ -318,15 +318,21 @@ def main() -> None:
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar per graph, and per measurement, on stderr."""
     columns = TextColumn("{task.description:<18}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
+    bars = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
 
-        def show(graph: str, done: int, total: int) -> None:
-            if graph not in tasks:
-                tasks[graph] = bars.add_task(graph, total=total)
-            bars.update(tasks[graph], completed=done)
+    def show(graph: str, done: int, total: int) -> None:
+        if not tasks:  # not before: without a bar, rich prints an empty line above an error
+            bars.start()
+        if graph not in tasks:
+            tasks[graph] = bars.add_task(graph, total=total)
+        bars.update(tasks[graph], completed=done)
 
+    try:
         yield show
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def _samples(options: SampleOptions) -> SampleSet:

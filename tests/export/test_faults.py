@@ -171,6 +171,20 @@ def test_interrupted(checkpoint: Path, tmp_path: Path) -> None:
     assert _tree(out.parent) == []
 
 
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from mcv_export.cli import main; main()",
+        "build",
+        str(tmp_path / "none"),
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith(f"mcv-export: {tmp_path / 'none'}")
+
+
 def test_without_the_toolchain(tmp_path: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from mcv_export.cli import main; main()"
     command = [sys.executable, "-c", code, "build", str(tmp_path), str(tmp_path / "bundle")]
