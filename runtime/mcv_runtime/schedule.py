@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ class BatchPace:
         self.clock = clock
         self._wanted = wanted
         self._trial = 0
-        self._times: dict[int, list[float]] = {}
+        self._runs: dict[int, tuple[int, float]] = {}
+        """How often so many at once were timed, and the fastest time for each slice."""
         self._decision: int | None = None
 
     @property
@@ -99,9 +101,10 @@ class BatchPace:
 
     def took(self, size: int, seconds: float) -> None:
         """A run of `size` slices was that fast, for each slice."""
-        self._times.setdefault(size, []).append(seconds)
+        count, best = self._runs.get(size, (0, math.inf))
+        self._runs[size] = count + 1, min(best, seconds)
         if self._decision is None and self._trial and self._sampled(self._trial) >= _SAMPLES:
-            faster = min(self._times[self._trial]) < _GAIN * min(self._times[1])
+            faster = self._runs[self._trial][1] < _GAIN * self._runs[1][1]
             self._decision = self._trial if faster else 1
 
     def failed(self, size: int) -> None:
@@ -110,4 +113,4 @@ class BatchPace:
         self._trial = 0
 
     def _sampled(self, size: int) -> int:
-        return len(self._times.get(size, ()))
+        return self._runs.get(size, (0, math.inf))[0]
