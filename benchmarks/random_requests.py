@@ -271,6 +271,7 @@ def main() -> None:
                 print(f"request {number} of seed {wanted.seed}")
                 raise
             if number % EVERY == 0:
+                engine.forget()  # how full caches are at this moment is chance
                 resident.append(round(resident_mb(), 1))
                 print(number, resident[-1], dict(ends.most_common(4)), flush=True)
     quarter = len(resident) // 4

@@ -124,6 +124,11 @@ class Answerer:
                 self._prefixes.keep(task.memory)
         return self._answer(task, [row.completion() for row in rows])
 
+    def forget(self) -> None:
+        """Keep nothing of what earlier requests have read or shown."""
+        self._prefixes.clear()
+        self._vision.cache.clear()
+
     def batch(self, tasks: Sequence[Task]) -> list[Answer]:
         """Greedy or sampled answers to several requests, decoded together; what each is alone."""
         if not tasks:

@@ -20,6 +20,7 @@ from mcv_runtime.decoding import Decoder
 from mcv_runtime.errors import OptionError
 from mcv_runtime.images import MAX_PIXELS, ImageSource
 from mcv_runtime.manifest import GraphName, Manifest
+from mcv_runtime.option_types import check_types
 from mcv_runtime.picture_cache import CACHE_DIR_MB, PICTURE_CACHE_MB, PictureCache, vision_identity
 from mcv_runtime.picture_store import PictureStore
 from mcv_runtime.preparing import Messages, PictureSource, Preparer, question
@@ -194,16 +195,23 @@ class Engine:
         messages, memory = read_chat(Path(path), self.bundle, self._decoder)
         return Chat(self.bundle, self._answerer, options=options, messages=messages, memory=memory)
 
+    def forget(self) -> None:
+        """Forget what earlier requests have read, and the pictures in memory; conversations keep their own."""
+        self._answerer.forget()
+
     def encode_image(self, image: ImageSource, **options: Unpack[Options]) -> Picture:
         """Encode one picture, for any number of questions."""
+        check_types(options, Options)
         (picture,) = self._vision.encode([self._preparer.slice(image, options)])
         return picture
 
     def encode_video(self, video: Video, **options: Unpack[Options]) -> Clip:
         """Encode one video, for any number of questions."""
+        check_types(options, Options)
         clip = self._preparer.clip(video, options)
         return Clip(name=clip.name, frames=self._vision.encode(clip.frames))
 
     def prompt(self, messages: Messages, **options: Unpack[Options]) -> Prompt:
         """The prompt that `ask_messages` gives to the decoder; no graph is run."""
+        check_types(options, Options)
         return self._preparer.prompt(self._preparer.sliced(messages, options), options)

@@ -43,6 +43,12 @@ class PictureCache:
         """Bytes of embeddings in memory."""
         return self._bytes
 
+    def clear(self) -> None:
+        """Forget what is in memory; the store keeps its own."""
+        with self._lock:
+            self._kept.clear()
+            self._bytes = 0
+
     def claim(self, key: str) -> Embeds | Future[Embeds] | None:
         """What is known of a picture: its embeddings, another thread's promise of them, or None: now the caller must make it.
 

@@ -122,6 +122,11 @@ class PrefixCache:
             while total > self._limit:
                 total -= self._memories.pop(0).nbytes
 
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._memories.clear()
+
 
 def _begins_with(keys: NDArray[np.int64], beginning: NDArray[np.int64]) -> bool:
     return len(keys) == len(beginning) and np.array_equal(keys[:, : beginning.shape[1]], beginning)

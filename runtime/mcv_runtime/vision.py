@@ -140,7 +140,7 @@ class VisionEncoder:
         self._tokens_per_slice = manifest.placeholder.tokens_per_slice
         self._hidden = manifest.hidden_size
         self._tower = Tower(sessions, manifest)
-        self._cache = PictureCache() if cache is None else cache
+        self.cache = PictureCache() if cache is None else cache
         self._identity = identity
         self._batch_slices, self._memory_bytes = batch_slices, int(memory_mb * 1e6)
         self._hold = hold
@@ -182,7 +182,7 @@ class VisionEncoder:
             promised: dict[str, Future[Embeds]] = {}
             try:
                 for key in missing:
-                    known = self._cache.claim(key)
+                    known = self.cache.claim(key)
                     if known is None:
                         mine.append(key)
                     elif isinstance(known, Future):
@@ -192,7 +192,7 @@ class VisionEncoder:
                 if mine:
                     self._encode({key: wanted[key] for key in mine}, longest, report, finish)
             finally:
-                self._cache.release(mine)  # what was not made
+                self.cache.release(mine)  # what was not made
             for key, promise in promised.items():  # only now: two threads that wait first could wait for each other
                 embeds = _awaited(promise, lambda: report("pictures", len(found), len(wanted)))
                 if embeds is not None:
@@ -223,7 +223,7 @@ class VisionEncoder:
                     for key in dict.fromkeys(cell.picture for cell in batch):
                         if not left[key]:
                             embeds_of_picture = made.pop(key)
-                            self._cache.put(key, embeds_of_picture)
+                            self.cache.put(key, embeds_of_picture)
                             finish(key, embeds_of_picture)
 
     def _cells(self, key: str, picture: SlicedPicture) -> list[Cell]:

@@ -96,6 +96,8 @@ def test_stream_joins_to_the_answer(golden_engine, drawn):
 
 def test_encoded_picture_is_reused(golden_engine, drawn):
     picture = golden_engine.encode_image(drawn)
+    with pytest.raises(OptionError, match="max_slices"):
+        golden_engine.encode_image(drawn, max_slices=1)
     first = golden_engine.ask(drawn, "What is this?", max_new_tokens=8)
     again = golden_engine.ask(picture, "What is this?", max_new_tokens=8)
     assert again.tokens == first.tokens

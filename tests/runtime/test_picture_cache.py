@@ -236,13 +236,13 @@ def test_a_thread_that_gives_up_leaves_the_picture_to_those_who_wait(golden_bund
     factory.failures = 1
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(engine._vision.encode, [sliced])
-        waiting(engine._vision._cache, key)
+        waiting(engine._vision.cache, key)
         second = pool.submit(engine._vision.encode, [sliced])
         factory.gate.set()
         with pytest.raises(RunError, match="vision_encoder: some operator failed"):
             first.result(60)
         assert len(second.result(60)[0].embeds) == 64
-    assert not engine._vision._cache._claimed
+    assert not engine._vision.cache._claimed
 
 
 def test_progress_is_told_and_ends_the_request(golden_bundle):
@@ -267,7 +267,7 @@ def test_progress_is_told_and_ends_the_request(golden_bundle):
     fresh = [slice_picture(noise(9, (900, 900)), engine.bundle.manifest.image)]
     with pytest.raises(Enough):
         engine._vision.encode(fresh, progress=stop)
-    assert not engine._vision._cache._claimed
+    assert not engine._vision.cache._claimed
     assert len(engine._vision.encode(fresh)[0].embeds) == 64 * len(fresh[0].slices)
 
 
@@ -282,7 +282,7 @@ def test_who_waits_for_another_thread_may_stop_too(golden_bundle):
     factory.gate.clear()
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(engine._vision.encode, [sliced])
-        waiting(engine._vision._cache, engine._vision._key(sliced, 0))
+        waiting(engine._vision.cache, engine._vision._key(sliced, 0))
         with pytest.raises(KeyError):
             engine._vision.encode([sliced], progress=stop)
         factory.gate.set()

@@ -43,6 +43,21 @@ def test_a_common_beginning_is_read_once(engine, forgetful, drawn):
     assert forgetful.ask(drawn, "What is this?", **SHORT).reused_tokens == 0
 
 
+def test_forgetting(engine, drawn):
+    chat = engine.chat(**SHORT)
+    chat.ask(drawn, "What is this?")
+    engine.ask(drawn, "What is this?", **SHORT)
+    slices = []
+    again = engine.ask(drawn, "What is this?", progress=slices.append, **SHORT)
+    assert again.reused_tokens and not any(event.stage == "slices" for event in slices)
+    engine.forget()
+    anew = engine.ask(drawn, "What is this?", progress=slices.append, **SHORT)
+    assert (anew.tokens, anew.reused_tokens) == (again.tokens, 0)
+    assert any(event.stage == "slices" for event in slices)
+    engine.forget()
+    assert chat.ask(None, "And why?").reused_tokens >= 60  # a conversation keeps its own
+
+
 def test_another_picture_is_no_common_beginning(engine, forgetful, golden_root):
     pictures = [np.full((200, 300, 3), shade, np.uint8) for shade in (10, 200)]
     for picture in pictures:
