@@ -2,9 +2,9 @@
 
     python benchmarks/outliers.py OUT
 
-Trained towers of full size have such channels, a small one has not. After every norm of the tower and resampler that only
-linear layers read, some channels are multiplied by 32 to 256 and the columns that read them are divided. Powers of two leave
-every stored value exact, and the function what it was.
+Trained models of full size have such channels, a small one has not. After every norm that only linear layers read, in tower,
+resampler and decoder, some channels are multiplied by 32 to 256 and the columns that read them are divided. Powers of two
+leave every stored value exact, and the function what it was.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ def readers(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, list[str
             yield name.removesuffix(".weight"), [f"{match[1]}.self_attn.{one}_proj.weight" for one in "qkv"]
         elif match := re.fullmatch(r"(vpm\.encoder\.layers\.\d+)\.layer_norm2\.weight", name):
             yield name.removesuffix(".weight"), [f"{match[1]}.mlp.fc1.weight"]
+        elif match := re.fullmatch(r"(llm\.model\.layers\.\d+)\.input_layernorm\.weight", name):
+            yield name.removesuffix(".weight"), [f"{match[1]}.self_attn.{one}_proj.weight" for one in "qkv"]
+        elif match := re.fullmatch(r"(llm\.model\.layers\.\d+)\.post_attention_layernorm\.weight", name):
+            yield name.removesuffix(".weight"), [f"{match[1]}.mlp.{one}_proj.weight" for one in ("gate", "up")]
     yield "vpm.post_layernorm", ["resampler.kv_proj.weight"]
+    yield "llm.model.norm", ["llm.lm_head.weight"]
 
 
 def add_outliers(folder: Path, out: Path, *, channels: int = 4, seed: int = 0) -> Path:
@@ -42,7 +47,7 @@ def add_outliers(folder: Path, out: Path, *, channels: int = 4, seed: int = 0) -
         chosen = torch.randperm(width, generator=generator)[:channels]
         factors = torch.ones(width)
         factors[chosen] = torch.tensor([FACTORS[i % len(FACTORS)] for i in range(channels)])
-        for name in (f"{norm}.weight", f"{norm}.bias"):
+        for name in {f"{norm}.weight", f"{norm}.bias"} & tensors.keys():
             tensors[name] = (tensors[name].float() * factors).to(tensors[name].dtype)
         for name in weights:
             tensors[name] = (tensors[name].float() / factors).to(tensors[name].dtype)

@@ -64,6 +64,10 @@ RECIPES: dict[str, Wishes] = {
     "outliers: fp32": Wishes(precision="fp32"),
     "outliers: naive int8-static": Wishes(precision="fp32", graphs=STATIC, ranges="minmax", smoothing=0.0),
     "outliers: int8-static": Wishes(precision="fp32", graphs=STATIC),
+    "outliers: int8-dynamic": Wishes(precision="fp32", graphs=DYNAMIC),
+    "outliers: naive q8": Wishes(precision="q8", smoothing=0.0),
+    "outliers: q8": Wishes(precision="q8"),
+    "outliers: q4": Wishes(precision="q4"),
     "outliers: int8-static + q4 gptq": Wishes(precision="q4", graphs=STATIC, method="gptq"),
 }
 SAMPLES, SAMPLE_SEED = 48, 1000

@@ -20,7 +20,8 @@ EXAMPLES = 1000
 
 
 RECIPES = ("fp32", "int8-static vision", "q8", "q4 gptq", "int8-static + q4 gptq")
-OUTLIERS = ("outliers: naive int8-static", "outliers: int8-static")
+OUTLIERS = ("outliers: int8-static", "outliers: q8", "outliers: int8-static + q4 gptq")
+COLLAPSES = ("outliers: naive int8-static", "outliers: naive q8")
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,9 @@ def exact_match(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     finally:
         del sys.path[:2]
     examples = list(held_out(EXAMPLES))
-    bundles = build_recipes([*RECIPES, *OUTLIERS], tmp_path_factory.mktemp("recipes"))
-    # what collapses need not be asked for long
-    counts = {name: 100 if "naive" in name else EXAMPLES for name in bundles}
+    bundles = build_recipes([*RECIPES, *OUTLIERS, *COLLAPSES], tmp_path_factory.mktemp("recipes"))
+    # what collapses need not be asked for long, and what stands outliers is the model that was asked already
+    counts = {name: 100 if name in COLLAPSES else 400 if name in OUTLIERS else EXAMPLES for name in bundles}
     return {name: exact_match(load(bundle), examples[: counts[name]])["all"] for name, bundle in bundles.items()}
 
 
@@ -55,10 +56,15 @@ def test_quantization_costs_little(exact_match: dict[str, float], recipe: str, p
     assert exact_match[recipe] >= exact_match["fp32"] - points
 
 
-def test_outlier_channels_cost_nothing(exact_match: dict[str, float]) -> None:
-    """The same function with channels up to 256 times larger: ranges alone cannot hold them, smoothing does."""
-    assert exact_match["outliers: naive int8-static"] < 50
-    assert exact_match["outliers: int8-static"] >= exact_match["fp32"] - 2
+@pytest.mark.parametrize("recipe", OUTLIERS)
+def test_outlier_channels_cost_nothing(exact_match: dict[str, float], recipe: str) -> None:
+    """The same function with channels up to 256 times larger: ranges and blocks alone cannot hold them, smoothing does."""
+    assert exact_match[recipe] >= exact_match["fp32"] - 2
+
+
+@pytest.mark.parametrize("recipe", COLLAPSES)
+def test_without_smoothing_they_cost_nearly_all(exact_match: dict[str, float], recipe: str) -> None:
+    assert exact_match[recipe] < 60
 
 
 def test_the_shipped_bundle_is_built_from_it(tmp_path: Path) -> None:

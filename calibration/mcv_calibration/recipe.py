@@ -23,7 +23,7 @@ class GraphRecipe:
 
     `layers`: a path or the beginning of one, such as `layers.3`, `layers.3.fc2` or `lm_head`, whose precision differs; the
     longest that fits decides. `method` finds the numbers of q8 and q4 blocks of `block_size`; `ranges` those of static
-    activations. `smoothing`: how much of its inputs' outliers an int8 layer's weight takes over, from 0 (none) to 1.
+    activations. `smoothing`: how much of its inputs' outliers a layer's weight takes over, from 0 (none) to 1.
     `prune_ffn`: the part of the feed-forward channels that is left out.
     """
 
@@ -82,7 +82,7 @@ class GraphRecipe:
             "method": self.in_blocks,
             "block_size": self.in_blocks,
             "ranges": "int8-static" in self.precisions,
-            "smoothing": "int8-static" in self.precisions,
+            "smoothing": self.precisions != {"fp32"},
             "prune_ffn": self.prune_ffn > 0,
         }
         values = {f.name: getattr(self, f.name) for f in fields(self) if told.get(f.name, True)}

@@ -45,6 +45,24 @@ def smoothing_factors(
     return factors_K if after < before * (FREE_GAIN if folded else PAID_GAIN) else None
 
 
+def factors_behind_norm(
+    gain_K: NDArray[np.float32],
+    bias_K: NDArray[np.float32] | None,
+    layers: Sequence[str],
+    weight: WeightRows,
+    *,
+    alpha: float,
+) -> NDArray[np.float32] | None:
+    """As `smoothing_factors`, but unseen: a norm gives channels with a mean square of about gain^2 + bias^2.
+
+    For layers in blocks too: rounding a block costs each of its weights the same step, which only the largest determines.
+    """
+    if alpha == 0:
+        return None
+    typical_K = np.hypot(gain_K, 0 if bias_K is None else bias_K).astype(np.float64)
+    return _balanced(typical_K, np.sqrt(_columns(layers, weight)[1]), alpha)
+
+
 def _balanced(reach_K: NDArray[np.float64], columns_K: NDArray[np.float64], alpha: float) -> NDArray[np.float32]:
     """max|x|^alpha / max|W|^(1 - alpha) of each channel; 1 for a channel that is always zero."""
     used = reach_K > 0

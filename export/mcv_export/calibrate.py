@@ -26,6 +26,7 @@ from mcv_calibration.target import Target
 from mcv_calibration.walk import AnyDecoder, start
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.eager import eager_module
+from mcv_export.norm_smoothing import smoothed_by_norms
 from mcv_export.oracle import TorchSession, oracle_engine, prompt_feed
 from mcv_export.plan import GraphPlan, ModelPlan
 from mcv_export.sources import Source, resolve
@@ -78,17 +79,19 @@ class Calibration:
 def calibrate(
     plan: ModelPlan, checkpoint: Checkpoint, recipe: Recipe, options: SampleOptions, progress: CalibrationProgress
 ) -> Calibration:
-    """Measure the graphs whose recipes ask for it; no sample is even opened where none does."""
-    asking = [graph for graph in plan.graphs if not graph.shares and recipe.graphs[graph.name].needs_samples]
-    if not asking:
-        return Calibration(graphs={})
-    samples = options.samples()
-    found = {
-        graph.name: _Bench(plan, graph, checkpoint, samples, options, progress).measured(
-            recipe.graphs[graph.name], recipe.target
-        )
-        for graph in asking
-    }
+    """Measure the graphs whose recipes ask for it, of the others see what norms say; no sample is opened where none asks."""
+    found: dict[GraphName, Measured] = {}
+    samples = None
+    for graph in plan.graphs:
+        if graph.shares:
+            continue
+        graph_recipe = recipe.graphs[graph.name]
+        if graph_recipe.needs_samples:
+            samples = options.samples() if samples is None else samples
+            bench = _Bench(plan, graph, checkpoint, samples, options, progress)
+            found[graph.name] = bench.measured(graph_recipe, recipe.target)
+        else:
+            found[graph.name] = smoothed_by_norms(graph, checkpoint, graph_recipe, recipe.target, NOTHING)
     return Calibration(graphs=found, samples=samples)
 
 
@@ -110,6 +113,7 @@ class _Bench:
             found = Measured(kept=self._kept(recipe.prune_ffn))
         if "int8-static" in recipe.precisions:
             found = self._ranges(recipe, found)
+        found = smoothed_by_norms(self.graph, self.checkpoint, recipe, target, found)
         if recipe.method == "gptq" and recipe.in_blocks and self.graph.io.cache:
             found = self._blocks(recipe, target, found)
         return found

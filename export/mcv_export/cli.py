@@ -90,7 +90,7 @@ def build_command(
     ranges: Annotated[Ranges | None, typer.Option(help="How static ranges are chosen.", show_default="percentile")] = None,
     smoothing: Annotated[
         float | None,
-        typer.Option(help="How much of its inputs' outliers a static layer's weight takes over, 0 to 1.", show_default="0.5"),
+        typer.Option(help="How much of its inputs' outliers a layer's weight takes over, 0 to 1.", show_default="0.5"),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Folder of pictures to measure with.", show_default="pictures drawn here")

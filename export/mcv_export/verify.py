@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import nn
 
+from mcv_calibration.measured import NOTHING
 from mcv_calibration.recipe import Recipe
 from mcv_export.checkpoint import Checkpoint, open_checkpoint
 from mcv_export.eager import eager_module
 from mcv_export.families import recognise
 from mcv_export.graph_files import storage_of
+from mcv_export.norm_smoothing import smoothed_by_norms
 from mcv_export.plan import GraphPlan
 from mcv_export.stored import check_weights, stored_module
 from mcv_runtime.bundle import Bundle
@@ -174,7 +176,8 @@ def _module(plan: GraphPlan, checkpoint: Checkpoint, bundle: Bundle, recipe: Rec
     graph_recipe = recipe.graphs[plan.shares or plan.name]
     storage = storage_of(plan, graph_recipe, recipe.target)
     if not graph_recipe.needs_samples:
-        return eager_module(plan, checkpoint, formats=storage.formats, method=storage.method)
+        measured = smoothed_by_norms(plan, checkpoint, graph_recipe, recipe.target, NOTHING)
+        return eager_module(plan, checkpoint, formats=storage.formats, measured=measured, method=storage.method)
     module = stored_module(plan, storage.formats, bundle.graph(plan.name))
     check_weights(plan, checkpoint, module)
     return module

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from mcv_calibration.blocks import dequantize_rows, quantize_rows
 from mcv_calibration.channels import Channels
-from mcv_calibration.smoothing import smoothing_factors
+from mcv_calibration.smoothing import factors_behind_norm, smoothing_factors
+from mcv_graphs.formats import WeightFormat
 from mcv_runtime.errors import OptionError
 
 RNG = np.random.default_rng(0)
@@ -100,6 +102,29 @@ def test_channels_and_columns_of_zeros() -> None:
 
 def test_an_input_of_zeros_is_left_alone() -> None:
     assert factors(np.zeros_like(X), WEIGHTS) is None
+
+
+def test_behind_a_norm_nothing_needs_to_be_seen() -> None:
+    """A norm's outlier channels, and small columns behind them, would cost the weights that share a block with those."""
+    gain = RNG.uniform(0.5, 2, WIDTH).astype(np.float32)
+    scale = with_outliers(6)[0][0] / X[0]
+    weights = {name: weight / scale for name, weight in WEIGHTS.items()}
+    same, scaled = (
+        factors_behind_norm(g, g / 3, tuple(w), lambda path, w=w: [w[path]], alpha=0.5)  # type: ignore[misc]
+        for g, w in ((gain, WEIGHTS), (gain * scale, weights))
+    )
+    assert same is not None
+    assert scaled is not None
+    ratio = scaled / same / scale
+    np.testing.assert_allclose(ratio, np.median(ratio), rtol=1e-4)
+
+    def lost(s: np.ndarray) -> float:
+        """Relative error of the product with this norm's output, its weight in 8-bit blocks, both smoothed by `s`."""
+        kind, x, weight = WeightFormat(bits=8), X * gain * scale / s, weights["q"] * s
+        rounded = dequantize_rows(quantize_rows(weight, kind), kind, WIDTH)
+        return float(np.sqrt(np.mean((x @ (rounded - weight).T) ** 2) / np.mean((x @ weight.T) ** 2)))
+
+    assert lost(np.ones_like(scaled)) > 10 * lost(scaled)
 
 
 def test_channels_merge_and_keep() -> None:

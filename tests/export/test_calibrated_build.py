@@ -145,12 +145,13 @@ def test_the_command_line_says_it_all(
         "target": "avx2",
         "graphs": {
             "vision_encoder": {"precision": "int8-static", "ranges": "mse", "smoothing": 0.4, "prune_ffn": 0.25},
-            "resampler": {"precision": "q8", "method": "k-quant", "block_size": 32},
+            "resampler": {"precision": "q8", "method": "k-quant", "block_size": 32, "smoothing": 0.4},
             "decoder_with_past": {
                 "precision": "q4",
                 "layers": {"embed_tokens": "q8", "lm_head": "q8"},
                 "method": "k-quant",
                 "block_size": 32,
+                "smoothing": 0.4,
                 "prune_ffn": 0.25,
             },
         },
