@@ -36,6 +36,7 @@ from mcv_graphs.layers import Linear
 from mcv_runtime.engine import Engine
 from mcv_runtime.errors import OptionError
 from mcv_runtime.manifest import GraphName
+from mcv_runtime.sessions import Session
 
 CalibrationProgress = Callable[[str, int, int], None]
 """Told what is being measured, how much of it is done, and of how much."""
@@ -81,6 +82,7 @@ def calibrate(
 ) -> Calibration:
     """Measure the graphs whose recipes ask for it, of the others see what norms say; no sample is opened where none asks."""
     found: dict[GraphName, Measured] = {}
+    reference: dict[GraphName, Session] = {}
     samples = None
     for graph in plan.graphs:
         if graph.shares:
@@ -88,7 +90,7 @@ def calibrate(
         graph_recipe = recipe.graphs[graph.name]
         if graph_recipe.needs_samples:
             samples = options.samples() if samples is None else samples
-            bench = _Bench(plan, graph, checkpoint, samples, options, progress)
+            bench = _Bench(plan, graph, checkpoint, reference, samples, options, progress)
             found[graph.name] = bench.measured(graph_recipe, recipe.target)
         else:
             found[graph.name] = smoothed_by_norms(graph, checkpoint, graph_recipe, recipe.target, NOTHING)
@@ -102,6 +104,7 @@ class _Bench:
     plan: ModelPlan
     graph: GraphPlan
     checkpoint: Checkpoint
+    reference: dict[GraphName, Session]
     samples: SampleSet
     options: SampleOptions
     progress: CalibrationProgress
@@ -152,7 +155,7 @@ class _Bench:
             # a tied layer has its twin's bytes: other blocks of its own would cost a second table
             if path not in self.graph.tied
         }
-        engine = oracle_engine(self.plan, self.checkpoint, {self.graph.name: module})
+        engine = oracle_engine(self.plan, self.checkpoint, {self.graph.name: module}, self.reference)
         with torch.inference_mode():
             states = [
                 start(cast(AnyDecoder, module), self.graph.io, _question_feed(engine, sample))
@@ -194,7 +197,7 @@ class _Bench:
         """What drives the module with a sample: all ways in which pictures reach it, or a question with its pictures."""
         modules: dict[GraphName, nn.Module] = {self.graph.name: module}
         modules |= {other.name: _sharing(other, module) for other in self.plan.graphs if other.shares == self.graph.name}
-        engine = oracle_engine(self.plan, self.checkpoint, modules)
+        engine = oracle_engine(self.plan, self.checkpoint, modules, self.reference)
         if self.graph.io.cache:
             session = TorchSession(lambda: module, self.graph.io)
             return lambda sample: session.run(["logits"], _question_feed(engine, sample))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from mcv_export import config as cfg
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.eager import eager_module
 from mcv_export.plan import ModelPlan
+from mcv_export.remembering import RememberingSession
 from mcv_graphs.contract import GraphIO
 from mcv_runtime.engine import Engine, load
 from mcv_runtime.errors import OptionError
 from mcv_runtime.manifest import FILE_NAME, GraphName, GraphSpec, Manifest
 from mcv_runtime.prompts import Prompt
+from mcv_runtime.sessions import Session
 
 
 class TorchSession:
@@ -70,19 +73,28 @@ def prompt_feed(
     return {**continuation_feed(manifest, prompt, visual, [0]), "logit_positions": logit_positions}
 
 
-def oracle_engine(plan: ModelPlan, checkpoint: Checkpoint, modules: Mapping[GraphName, nn.Module] | None = None) -> Engine:
-    """An engine whose graphs are the plan's modules in float, or the given ones in their place."""
-    given = modules or {}
-    sessions: dict[str, TorchSession] = {}
+def oracle_engine(
+    plan: ModelPlan,
+    checkpoint: Checkpoint,
+    modules: Mapping[GraphName, nn.Module] | None = None,
+    reference: dict[GraphName, Session] | None = None,
+) -> Engine:
+    """An engine whose graphs are the plan's modules in float, or the given ones in their place.
+
+    `reference`: the sessions of those in float, for other engines of the model to use again: what they have computed once, they
+    remember.
+    """
+    given, floats = modules or {}, {} if reference is None else reference
+    sessions: dict[str, Session] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         specs: dict[GraphName, GraphSpec] = {}
         for graph in plan.graphs:
-
-            def make(graph: Any = graph) -> nn.Module:
-                return given[graph.name] if graph.name in given else eager_module(graph, checkpoint)
-
-            sessions[graph.name] = TorchSession(make, graph.io)
+            if graph.name in given:
+                sessions[graph.name] = TorchSession(partial(given.__getitem__, graph.name), graph.io)
+            else:
+                in_float = TorchSession(partial(eager_module, graph, checkpoint), graph.io)
+                sessions[graph.name] = floats.setdefault(graph.name, RememberingSession(in_float))
             specs[graph.name] = GraphSpec(
                 file=graph.name, precision="fp32", inputs=graph.io.all_inputs, outputs=graph.io.all_outputs
             )
@@ -91,7 +103,7 @@ def oracle_engine(plan: ModelPlan, checkpoint: Checkpoint, modules: Mapping[Grap
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         cfg.copy_texts(checkpoint, folder, plan.chat_template)
 
-        def open_module(path: Path, options: ort.SessionOptions) -> TorchSession:
+        def open_module(path: Path, options: ort.SessionOptions) -> Session:
             return sessions[path.name]
 
         # whoever watches the modules wants to see them at work every time

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mcv_export import cli
 from mcv_export.build import BuildOptions, BuildResult, build
 from mcv_export.calibrate import SampleOptions
 from mcv_export.verify import compare
+from mcv_graphs.siglip import SiglipTower
 from mcv_runtime.bundle import Bundle
 from mcv_runtime.errors import CheckpointError, OptionError
 
@@ -156,6 +158,32 @@ def test_the_command_line_says_it_all(
             },
         },
     }
+
+
+def test_what_is_not_observed_is_computed_once(
+    golden_root: Path, samples: SampleOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tower's part in two passes over the resampler's inputs, and in another over the decoder's."""
+    seen: list[bytes] = []
+    forward = SiglipTower.forward
+
+    def counted(self: SiglipTower, pixel_values: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_exporting():
+            seen.append(pixel_values.numpy().tobytes())
+        return forward(self, pixel_values, position_ids)
+
+    monkeypatch.setattr(SiglipTower, "forward", counted)
+    recipe = Recipe(
+        target="avx2",
+        graphs={
+            "vision_encoder": GraphRecipe(precision="fp32"),
+            "resampler": GraphRecipe(precision="int8-static"),
+            "decoder_with_past": GraphRecipe(precision="q4", method="gptq"),
+        },
+    )
+    options = BuildOptions(recipe=recipe, samples=replace(samples, store=tmp_path / "store"))
+    build(golden_root / "minicpmv2_6" / "checkpoint", tmp_path / "bundle", options)
+    assert len(seen) == len(set(seen)) > 1
 
 
 @pytest.mark.parametrize(
