@@ -1,6 +1,8 @@
 """Build a full-size checkpoint and ask the bundle about a picture, each in a process of its own; write what it took as JSON.
 
-python benchmarks/full_size.py CHECKPOINT BUNDLE benchmarks/results/NAME.json --precision q4 --note "two cores, shared"
+python benchmarks/full_size.py CHECKPOINT BUNDLE benchmarks/results/NAME.json --note "two cores, shared" --precision q4
+
+What it does not know are options of the build. Nothing that an earlier calibration has measured is used.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,10 @@ EXPORT = [sys.executable, "-c", "from mcv_export.cli import main; main()"]
 RUN = [sys.executable, "-c", "from mcv_runtime.cli import main; main()"]
 
 
-def report(command: list[str]) -> dict[str, Any]:
+def report(command: list[str], **environment: str) -> dict[str, Any]:
     """The JSON object that a command prints."""
-    result: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+    result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
@@ -32,13 +36,12 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--precision", default="q4")
-    parser.add_argument("--block-size", default="32")
     parser.add_argument("--threads", default="2")
     parser.add_argument("--note", default="", help="What else the machine was doing.")
-    arguments = parser.parse_args()
-    formats = ["--precision", arguments.precision, "--block-size", arguments.block_size]
-    built = report([*EXPORT, "build", str(arguments.checkpoint), str(arguments.bundle), *formats, "--force", "--json"])
+    arguments, options = parser.parse_known_args()
+    build = [*EXPORT, "build", str(arguments.checkpoint), str(arguments.bundle), *options, "--force", "--json"]
+    with tempfile.TemporaryDirectory() as cache:
+        built = report(build, MCV_CACHE=cache)
     picture = arguments.bundle / "picture.png"
     Image.effect_mandelbrot((896, 896), (-2.5, -1.5, 1.0, 1.5), 100).convert("RGB").save(picture)
     asked = [*RUN, "-m", str(arguments.bundle), "-t", arguments.threads, "-n", "33", "--json"]
@@ -50,8 +53,8 @@ def main() -> None:
     result = {
         "checkpoint": json.loads((arguments.checkpoint / "config.json").read_text())["architectures"][0],
         "weights": "random",
-        "precision": arguments.precision,
-        "block_size": int(arguments.block_size),
+        "options": options,
+        "quantization": json.loads((arguments.bundle / "mcv.json").read_text(encoding="utf-8"))["quantization"],
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": int(arguments.threads), "note": arguments.note},
         "versions": {name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "minicpmv-onnx")},
         "build": {
