@@ -131,7 +131,7 @@ def test_logits(model, picture, mode, tmp_path):
     positions = np.arange(length)[None] if prompt.positions is None else prompt.positions[:, None]
     past = [torch.zeros([{"batch": 1, "cache_length": 0}.get(n, n) for n in entry.shape]) for entry in plan.io.cache]
     unused = torch.zeros(1, dtype=torch.int32)
-    arrays = (prompt.ids[None], encoded.embeds, prompt.visual_positions, positions, np.array([length - 1]))
+    arrays = (prompt.ids[None], encoded.embeds.copy(), prompt.visual_positions, positions, np.array([length - 1]))
     with torch.inference_mode():
         eager, _ = module(*map(torch.from_numpy, arrays), unused, unused, past)
     np.testing.assert_allclose(eager[0].numpy(), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
