@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from mcv_calibration.distances import DistributionErrors, TensorErrors
-from mcv_graphs.formats import Int8Format
 from mcv_graphs.layers import Embedding, Folds, Linear
 from mcv_runtime.manifest import GraphName
 from mcv_runtime.sessions import Session
@@ -123,7 +122,7 @@ def _error(graph: GraphName, block: Block, expected: Sequence[NDArray[Any]], fou
 
 def _reduced(module: nn.Module) -> bool:
     layers = [layer for layer in module.modules() if isinstance(layer, Linear | Embedding)]
-    return any(isinstance(layer.format, Int8Format) or layer.format.quantized for layer in layers)
+    return any(layer.format.quantized for layer in layers)
 
 
 @contextmanager

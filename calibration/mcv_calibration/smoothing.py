@@ -52,14 +52,12 @@ def factors_behind_norm(
     weight: WeightRows,
     *,
     alpha: float,
-) -> NDArray[np.float32] | None:
-    """As `smoothing_factors`, but unseen: a norm gives channels with a mean square of about gain^2 + bias^2.
+) -> NDArray[np.float32]:
+    """Factors s [K] of the input that `layers` share, unseen: a norm gives channels of a mean square of about gain^2 + bias^2.
 
     For layers in blocks too: rounding costs each weight of a block the same step, however small that weight is. A column counts
-    by its root mean square; by its largest weight, as above, q4 and q8 diverged a tenth to a fifth more (models/tiny).
+    by its root mean square: by its largest weight, as above, most recipes of q4 and q8 diverged more (models/tiny).
     """
-    if alpha == 0:
-        return None
     typical_K = np.hypot(gain_K, 0 if bias_K is None else bias_K).astype(np.float64)
     return _balanced(typical_K, np.sqrt(_columns(layers, weight)[1]), alpha)
 

@@ -30,6 +30,8 @@ def smoothed_by_norms(
     their steps with others. Left as they are: norms before a layer of static ranges, which hold for what was measured, and
     before a tied layer, whose weight is another's too.
     """
+    if not recipe.smoothing:
+        return measured
     with torch.device("meta"):
         module = graph.module()
     formats = layer_formats(module, recipe, target)
@@ -42,19 +44,14 @@ def smoothed_by_norms(
     smoothing = dict(measured.smoothing)
     for norm, layers in folds(module):
         kinds = [formats[layer] for layer in layers if layer in formats]
-        if tied.isdisjoint(layers) and any(map(_is_rounded, kinds)) and not any(map(_is_static, kinds)):
+        if tied.isdisjoint(layers) and any(kind.quantized for kind in kinds) and not any(map(_is_static, kinds)):
             gain, bias = (sources.get(f"{norm}.{name}") for name in ("weight", "bias"))
             assert gain is not None
             factors = factors_behind_norm(
                 gain.all().ravel(), None if bias is None else bias.all().ravel(), layers, rows, alpha=recipe.smoothing
             )
-            if factors is not None:
-                smoothing |= dict.fromkeys(layers, factors)
+            smoothing |= dict.fromkeys(layers, factors)
     return replace(measured, smoothing=smoothing)
-
-
-def _is_rounded(kind: LayerFormat) -> bool:
-    return isinstance(kind, Int8Format) or kind.quantized
 
 
 def _is_static(kind: LayerFormat) -> bool:

@@ -56,6 +56,10 @@ class Int8Format:
             raise OptionError("dynamic activations are uint8: the operator knows no other")
 
     @property
+    def quantized(self) -> bool:
+        return True
+
+    @property
     def largest(self) -> int:
         """The largest absolute value of a weight."""
         return 64 if self.reduce_range else 127

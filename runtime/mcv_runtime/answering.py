@@ -53,7 +53,6 @@ class Task:
     watch: Stopwatch
     patience: Patience
     pictures: tuple[Picture, ...] = ()
-    embeds: NDArray[np.float32] | None = None
     memory: Memory | None = None
     reused: int = 0
 

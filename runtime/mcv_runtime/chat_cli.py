@@ -88,7 +88,7 @@ class TerminalChat:
         waiting, self._waiting = self._waiting, []
         bar = ProgressBar(sys.stderr)
         cancel = threading.Event()
-        with _on_ctrl_c(cancel.set):
+        with _on_ctrl_c(lambda *_: cancel.set()):
             pieces = self._chat.stream(waiting, question, cancel=cancel, progress=bar)
             answer = print_answer(pieces, bar)
         if not answer.tokens:  # then there was no turn
@@ -159,10 +159,10 @@ def chat_lines() -> Iterator[str]:
         readline.parse_and_bind("tab: complete")
         readline.set_completer_delims("\n")
         readline.set_completer(lambda text, number: dict(enumerate(completions(text))).get(number))
-    with _on_ctrl_c(lambda: None):  # pressed once too often, it ends nothing
+    with _on_ctrl_c(lambda *_: None):  # pressed once too often, it ends nothing
         while True:
             try:
-                with _on_ctrl_c(_interrupt):
+                with _on_ctrl_c(signal.default_int_handler):
                     line = input(_PROMPT)
             except EOFError:
                 print(file=sys.stderr)
@@ -190,21 +190,13 @@ def completions(line: str) -> list[str]:
 
 
 @contextmanager
-def _on_ctrl_c(do: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C does this, instead of ending the program in the middle of something."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        do()
-
-    before = signal.signal(signal.SIGINT, handle)
+def _on_ctrl_c(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """What Ctrl-C does, instead of ending the program in the middle of something."""
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def _paths(rest: str, example: str, most: int | None = None) -> list[Path]:

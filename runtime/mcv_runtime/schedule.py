@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -76,7 +77,7 @@ class BatchPace:
         self.clock = clock
         self._wanted = wanted
         self._trial = 0
-        self._runs: dict[int, tuple[int, float]] = {}
+        self._runs: defaultdict[int, tuple[int, float]] = defaultdict(lambda: (0, math.inf))
         """How often so many at once were timed, and the fastest time for each slice."""
         self._decision: int | None = None
 
@@ -92,7 +93,7 @@ class BatchPace:
             return min(self._wanted, most)
         if self._decision is not None:
             return min(self._decision, most)
-        if self._sampled(1) < _SAMPLES:
+        if self._runs[1][0] < _SAMPLES:
             return 1
         if not self._trial:
             size = min(_LARGEST, most, remaining // _SAMPLES)
@@ -101,9 +102,9 @@ class BatchPace:
 
     def took(self, size: int, seconds: float) -> None:
         """A run of `size` slices was that fast, for each slice."""
-        count, best = self._runs.get(size, (0, math.inf))
+        count, best = self._runs[size]
         self._runs[size] = count + 1, min(best, seconds)
-        if self._decision is None and self._trial and self._sampled(self._trial) >= _SAMPLES:
+        if self._decision is None and self._trial and self._runs[self._trial][0] >= _SAMPLES:
             faster = self._runs[self._trial][1] < _GAIN * self._runs[1][1]
             self._decision = self._trial if faster else 1
 
@@ -111,6 +112,3 @@ class BatchPace:
         """There was no memory for so many: never try as many again."""
         self.most = max(size // 2, 1)
         self._trial = 0
-
-    def _sampled(self, size: int) -> int:
-        return self._runs.get(size, (0, math.inf))[0]

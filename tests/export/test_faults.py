@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,8 @@ def test_no_space_left(checkpoint: Path, tmp_path: Path, limit: int) -> None:
 def test_interrupted(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "bundle"
     command = [sys.executable, "-c", "from mcv_export.cli import main; main()", "build", str(checkpoint), str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         while not (out.parent.exists() and any(path.name == "onnx" for path in out.parent.rglob("*"))):
             assert process.poll() is None
             time.sleep(0.01)

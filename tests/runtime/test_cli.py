@@ -165,7 +165,10 @@ def test_ctrl_c(golden_bundle):
     import signal
 
     process = subprocess.Popen(
-        [*RUN, "-m", str(golden_bundle), "-p", "hello", "-n", "30000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*RUN, "-m", str(golden_bundle), "-p", "hello", "-n", "30000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts in the background ignores it
     )
     with process:
         process.stdout.read(1)
