@@ -35,8 +35,8 @@ from mcv_export.eager import eager_module
 from mcv_export.families.minicpmv4_0 import FAMILY
 from mcv_export.memory import peak_rss_mb
 from mcv_export.sources import resolve
-from mcv_runtime.patches import patch_slice
-from mcv_runtime.vision import slice_picture
+from mcv_runtime.pictures.patches import patch_slice
+from mcv_runtime.pictures.picture import slice_picture
 
 ROOT = Path(__file__).parents[1]
 OUTLIERS = 8

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 EXPORT = [sys.executable, "-c", "from mcv_export.cli import main; main()"]
-RUN = [sys.executable, "-c", "from mcv_runtime.cli import main; main()"]
+RUN = [sys.executable, "-c", "from mcv_runtime.command.cli import main; main()"]
 
 
 def report(command: list[str], **environment: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mcv_export.build import BuildOptions, build  # noqa: E402
 from mcv_export.calibrate import SampleOptions  # noqa: E402
 from mcv_export.precision import Wishes  # noqa: E402
 from mcv_runtime import Engine, load  # noqa: E402
-from mcv_runtime.manifest import GraphName  # noqa: E402
+from mcv_runtime.bundle.manifest import GraphName  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 LONGEST = 48

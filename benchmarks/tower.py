@@ -31,10 +31,10 @@ from mcv_export.checkpoint import open_checkpoint
 from mcv_export.families import recognise
 from mcv_export.graph_files import storage_of, write_graph
 from mcv_graphs.layers import Linear
-from mcv_runtime.manifest import GraphName, GraphSpec
-from mcv_runtime.sessions import Session, cpu_session, session_options
-from mcv_runtime.tower import Tower
-from mcv_runtime.vision import slice_picture
+from mcv_runtime.bundle.manifest import GraphName, GraphSpec
+from mcv_runtime.pictures.picture import slice_picture
+from mcv_runtime.sessions.graphs import Session, cpu_session, session_options
+from mcv_runtime.vision.tower import Tower
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "q8", "int8-dynamic", "int8-static")
 

@@ -12,7 +12,7 @@ import pytest
 
 from mcv_export.build import BuildOptions, build
 from mcv_runtime import load
-from mcv_runtime.bundle import DEFAULT, Bundle
+from mcv_runtime.bundle.folder import DEFAULT, Bundle
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "models" / "tiny"
@@ -99,7 +99,7 @@ def test_threads_share_an_engine() -> None:
 
 def test_mcv_run_without_a_bundle() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "MCV_BUNDLE"}
-    command = [sys.executable, "-m", "mcv_runtime.cli", "-p", "How many shapes are there?", "--image"]
+    command = [sys.executable, "-m", "mcv_runtime.command.cli", "-p", "How many shapes are there?", "--image"]
     good, bad = (
         subprocess.run([*command, str(TINY / name)], capture_output=True, text=True, env=environment, check=False)
         for name in ("demo.png", "nothing.png")

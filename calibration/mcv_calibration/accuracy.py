@@ -14,10 +14,10 @@ from mcv_calibration.contender import Call, Contender
 from mcv_calibration.continuation import continuation_feed, greedy_answer
 from mcv_calibration.distances import DistributionError, DistributionErrors, TensorError, TensorErrors
 from mcv_calibration.samples import Sample
+from mcv_runtime.bundle.manifest import GraphName, Manifest
 from mcv_runtime.errors import OptionError
-from mcv_runtime.manifest import GraphName, Manifest
-from mcv_runtime.prompts import Prompt
-from mcv_runtime.vision import Picture
+from mcv_runtime.pictures.picture import Picture
+from mcv_runtime.text.prompts import Prompt
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.bundle.manifest import GraphName, Manifest
 from mcv_runtime.engine import Engine, load
-from mcv_runtime.images import ImageSource
-from mcv_runtime.manifest import GraphName, Manifest
-from mcv_runtime.sessions import Session, SessionFactory, cpu_session, session_options
-from mcv_runtime.tokens import AnswerText, TextTokenizer
-from mcv_runtime.vision import Picture
+from mcv_runtime.pictures.images import ImageSource
+from mcv_runtime.pictures.picture import Picture
+from mcv_runtime.sessions.graphs import Session, SessionFactory, cpu_session, session_options
+from mcv_runtime.text.tokens import AnswerText, TextTokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

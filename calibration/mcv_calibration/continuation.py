@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mcv_runtime.manifest import GenerationSpec, Manifest
-from mcv_runtime.prompts import Prompt
-from mcv_runtime.sampling import penalised
-from mcv_runtime.sessions import feed
+from mcv_runtime.bundle.manifest import GenerationSpec, Manifest
+from mcv_runtime.choosing.sampling import penalised
+from mcv_runtime.sessions.graphs import feed
+from mcv_runtime.text.prompts import Prompt
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

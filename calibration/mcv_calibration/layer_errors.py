@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcv_calibration.distances import Energy
 from mcv_calibration.taps import Tap, Tapped, TappedGraph
-from mcv_runtime.manifest import GraphName
+from mcv_runtime.bundle.manifest import GraphName
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
 from mcv_calibration.target import Target, chosen, this_machine
+from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.errors import OptionError
-from mcv_runtime.manifest import GraphName
 
 Precision = Literal["fp32", "q8", "q4", "int8-static", "int8-dynamic"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -13,9 +13,9 @@ from mcv_calibration.layer_errors import LayerError, layer_errors
 from mcv_calibration.samples import Sample, SampleSet
 from mcv_calibration.sensitivity import BlockError
 from mcv_calibration.taps import Tapped, TappedGraph
-from mcv_runtime.bundle import Bundle
-from mcv_runtime.images import describe
-from mcv_runtime.manifest import GraphName
+from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.bundle.manifest import GraphName
+from mcv_runtime.pictures.images import describe
 
 FORMAT = 1
 JSON_NAME, HTML_NAME = "report.json", "report.html"

@@ -20,7 +20,7 @@ from mcv_calibration.layer_errors import LayerError, worst_layers
 from mcv_calibration.report import Report
 from mcv_calibration.samples import Sample
 from mcv_calibration.sensitivity import BlockError
-from mcv_runtime.images import open_picture
+from mcv_runtime.pictures.images import open_picture
 
 _OfGraph = TypeVar("_OfGraph", LayerError, BlockError)
 _SIDE = 240

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mcv_calibration.drawn import draw
 from mcv_runtime.errors import ImageError, OptionError
-from mcv_runtime.images import ImageSource, describe, open_picture
+from mcv_runtime.pictures.images import ImageSource, describe, open_picture
 
 _T = TypeVar("_T")
 

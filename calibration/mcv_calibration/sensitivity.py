@@ -11,8 +11,8 @@ from torch import nn
 
 from mcv_calibration.distances import DistributionErrors, TensorErrors
 from mcv_graphs.layers import Embedding, Folds, Linear
-from mcv_runtime.manifest import GraphName
-from mcv_runtime.sessions import Session
+from mcv_runtime.bundle.manifest import GraphName
+from mcv_runtime.sessions.graphs import Session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mcv_graphs.layers import Embedding, Linear
-from mcv_runtime.sessions import Session, session_options
+from mcv_runtime.sessions.graphs import Session, session_options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,7 +13,7 @@ from mcv_calibration.sensitivity import BlockError, sensitivities
 from mcv_export.oracle import TorchSession
 from mcv_export.plan import GraphPlan
 from mcv_export.stored import stored_module
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
 
 FEEDS = 4
 """Calls of the graph that each block is tried on."""

@@ -28,9 +28,9 @@ from mcv_export.plan import ModelPlan
 from mcv_export.precision import SUFFIXES, Wishes, resolved
 from mcv_export.sources import resolve
 from mcv_export.text_graphs import write_text_graphs
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.bundle.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest
 from mcv_runtime.errors import CheckpointError, OutputError
-from mcv_runtime.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

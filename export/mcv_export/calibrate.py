@@ -33,10 +33,10 @@ from mcv_export.sources import Source, resolve
 from mcv_export.storage import Storage, feed_forward
 from mcv_graphs.formats import WeightFormat
 from mcv_graphs.layers import Linear
+from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.engine import Engine
 from mcv_runtime.errors import OptionError
-from mcv_runtime.manifest import GraphName
-from mcv_runtime.sessions import Session
+from mcv_runtime.sessions.graphs import Session
 
 CalibrationProgress = Callable[[str, int, int], None]
 """Told what is being measured, how much of it is done, and of how much."""

@@ -19,10 +19,10 @@ from rich.table import Table
 from mcv_calibration.recipe import Method, Precision, Ranges
 from mcv_calibration.target import Target
 from mcv_export.memory import peak_rss_mb
-from mcv_runtime import terminal
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.bundle.manifest import GraphName, Manifest
+from mcv_runtime.command import terminal
 from mcv_runtime.errors import CheckpointError, OptionError
-from mcv_runtime.manifest import GraphName, Manifest
 
 if TYPE_CHECKING:
     from mcv_calibration.samples import SampleSet

@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mcv_export.checkpoint import Checkpoint
+from mcv_runtime.bundle.manifest import GenerationSpec
 from mcv_runtime.errors import CheckpointError
-from mcv_runtime.manifest import GenerationSpec
 
 
 def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

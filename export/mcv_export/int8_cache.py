@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from mcv_calibration.samples import Sample
 from mcv_export.graph_files import Progress
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.bundle.manifest import CacheEntry, GraphSpec, TensorSpec
 from mcv_runtime.engine import load
 from mcv_runtime.errors import CheckpointError, McvError
-from mcv_runtime.manifest import CacheEntry, GraphSpec, TensorSpec
 
 _ATTENTION = "GroupQueryAttention"
 _K_SCALE, _V_SCALE = 12, 13

@@ -45,7 +45,7 @@ class ExportMcv(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum states 
         more.add_argument("--force", action="store_true", help="Replace the output folder if it exists.")
 
     def run(self) -> None:
-        from mcv_runtime import terminal
+        from mcv_runtime.command import terminal
 
         terminal.finish(self._build, NAME, interrupted="interrupted; nothing was kept")
 

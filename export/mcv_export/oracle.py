@@ -21,11 +21,11 @@ from mcv_export.eager import eager_module
 from mcv_export.plan import ModelPlan
 from mcv_export.remembering import RememberingSession
 from mcv_graphs.contract import GraphIO
+from mcv_runtime.bundle.manifest import FILE_NAME, GraphName, GraphSpec, Manifest
 from mcv_runtime.engine import Engine, load
 from mcv_runtime.errors import OptionError
-from mcv_runtime.manifest import FILE_NAME, GraphName, GraphSpec, Manifest
-from mcv_runtime.prompts import Prompt
-from mcv_runtime.sessions import Session
+from mcv_runtime.sessions.graphs import Session
+from mcv_runtime.text.prompts import Prompt
 
 
 class TorchSession:

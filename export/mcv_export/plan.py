@@ -11,7 +11,7 @@ from torch import nn
 
 from mcv_export.checkpoint import Checkpoint
 from mcv_graphs.contract import GraphIO
-from mcv_runtime.manifest import (
+from mcv_runtime.bundle.manifest import (
     GenerationSpec,
     GraphName,
     GraphSpec,

@@ -9,8 +9,8 @@ from typing import Any
 
 from mcv_calibration.recipe import GraphRecipe, Method, Precision, Ranges, Recipe
 from mcv_calibration.target import Target, chosen
+from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.errors import OptionError
-from mcv_runtime.manifest import GraphName
 
 SUFFIXES: dict[Precision, str] = {
     "fp32": "",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mcv_runtime.sessions import Session
+from mcv_runtime.sessions.graphs import Session
 
 LIMIT = 1 << 30
 """Bytes of results that are kept; the longest unused go first."""

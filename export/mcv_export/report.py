@@ -28,9 +28,9 @@ from mcv_export.families import recognise
 from mcv_export.oracle import TorchSession
 from mcv_export.plan import ModelPlan
 from mcv_export.remembering import RememberingSession
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.bundle.manifest import FILE_NAME, FileSpec, GraphName
 from mcv_runtime.errors import CheckpointError, OptionError, OutputError
-from mcv_runtime.manifest import FILE_NAME, FileSpec, GraphName
 
 CHECKPOINT = "the checkpoint"
 

@@ -23,9 +23,9 @@ from mcv_export.families import recognise
 from mcv_export.plan import GraphPlan
 from mcv_export.precision import resolved
 from mcv_export.report import CheckpointReference, ReportOptions, checkpoint_reference
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.errors import McvError, OptionError, OutputError
-from mcv_runtime.manifest import GraphName
 
 _AS_REPORTED = ReportOptions()
 _log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from mcv_export.plan import GraphPlan
 from mcv_export.storage import IN_FLOAT, Storage
 from mcv_graphs import ops
 from mcv_graphs.contract import GraphIO
-from mcv_runtime.manifest import TensorSpec
+from mcv_runtime.bundle.manifest import TensorSpec
 
 
 def trace(plan: GraphPlan, storage: Storage = IN_FLOAT) -> tuple[ir.Model, nn.Module]:

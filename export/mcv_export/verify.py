@@ -23,13 +23,13 @@ from mcv_export.graph_files import storage_of
 from mcv_export.norm_smoothing import smoothed_by_norms
 from mcv_export.plan import GraphPlan
 from mcv_export.stored import check_weights, stored_module
-from mcv_runtime.bundle import Bundle
-from mcv_runtime.decoding import Decoder
+from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.bundle.manifest import GraphName
+from mcv_runtime.decoding.decoder import Decoder
 from mcv_runtime.engine import load
 from mcv_runtime.errors import CheckpointError
-from mcv_runtime.manifest import GraphName
-from mcv_runtime.prompts import Prompt
-from mcv_runtime.sessions import Session, cpu_session, session_options
+from mcv_runtime.sessions.graphs import Session, cpu_session, session_options
+from mcv_runtime.text.prompts import Prompt
 
 Array: TypeAlias = NDArray[Any]
 Feed: TypeAlias = Mapping[str, Array]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mcv_runtime.manifest import CacheEntry, TensorSpec
+from mcv_runtime.bundle.manifest import CacheEntry, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

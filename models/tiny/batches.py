@@ -18,11 +18,11 @@ from scenes import MAKERS
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mcv_runtime.manifest import ImageSpec, PlaceholderSpec, TextSpec
-from mcv_runtime.patches import PatchedSlice, cut, patch_slice
-from mcv_runtime.prompts import ChatTemplate, Message, PromptBuilder
-from mcv_runtime.slicing import Size, SliceGrid, adaptive_grid
-from mcv_runtime.tokens import TextTokenizer
+from mcv_runtime.bundle.manifest import ImageSpec, PlaceholderSpec, TextSpec
+from mcv_runtime.pictures.patches import PatchedSlice, cut, patch_slice
+from mcv_runtime.pictures.slicing import Size, SliceGrid, adaptive_grid
+from mcv_runtime.text.prompts import ChatTemplate, Message, PromptBuilder
+from mcv_runtime.text.tokens import TextTokenizer
 
 QUERIES = 8
 """The visual tokens of a slice are trained to be a grid of this side."""

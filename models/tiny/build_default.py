@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mcv_export.build import BuildOptions, build
-from mcv_runtime.bundle import DEFAULT
+from mcv_runtime.bundle.folder import DEFAULT
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
 """Ask MiniCPM-V models about pictures with ONNX Runtime, without torch: start with `load`."""
 
-from mcv_runtime.answers import Answer, Completion, Timings
-from mcv_runtime.bundle import Bundle
-from mcv_runtime.chat import Chat
+from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.conversation.chat import Chat
 from mcv_runtime.engine import Engine, load
 from mcv_runtime.errors import (
     BundleCorruptError,
@@ -17,12 +16,13 @@ from mcv_runtime.errors import (
     ResourceError,
     RunError,
 )
+from mcv_runtime.pictures.picture import Clip, Picture
+from mcv_runtime.pictures.video import Video
 from mcv_runtime.progress import Event, Progress
-from mcv_runtime.prompts import Prompt
-from mcv_runtime.requests import Request
-from mcv_runtime.settings import Options
-from mcv_runtime.video import Video
-from mcv_runtime.vision import Clip, Picture
+from mcv_runtime.request.answer import Answer, Completion, Timings
+from mcv_runtime.request.options import Options
+from mcv_runtime.request.request import Request
+from mcv_runtime.text.prompts import Prompt
 
 __all__ = [
     "Answer",

@@ -9,32 +9,33 @@ from typing import Literal, Unpack
 
 import onnxruntime as ort
 
-from mcv_runtime import bundle as bundles
-from mcv_runtime.answering import Answerer, finished
-from mcv_runtime.answers import Answer
-from mcv_runtime.bundle import Bundle
-from mcv_runtime.chat import Chat
-from mcv_runtime.chat_file import read_chat
-from mcv_runtime.constraints import Grammars
-from mcv_runtime.decoding import Decoder
+from mcv_runtime.bundle import folder as bundles
+from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.bundle.manifest import GraphName, Manifest
+from mcv_runtime.choosing.constraints import Grammars
+from mcv_runtime.conversation.chat import Chat
+from mcv_runtime.conversation.chat_file import read_chat
+from mcv_runtime.decoding.answering import Answerer, finished
+from mcv_runtime.decoding.decoder import Decoder
+from mcv_runtime.decoding.prefixes import PrefixCache
 from mcv_runtime.errors import OptionError
-from mcv_runtime.images import MAX_PIXELS, ImageSource
-from mcv_runtime.manifest import GraphName, Manifest
-from mcv_runtime.option_types import check_types
-from mcv_runtime.picture_cache import CACHE_DIR_MB, PICTURE_CACHE_MB, PictureCache, vision_identity
-from mcv_runtime.picture_store import PictureStore
-from mcv_runtime.preparing import Messages, PictureSource, Preparer, question
-from mcv_runtime.prompts import ChatTemplate, Prompt, PromptBuilder
-from mcv_runtime.providers import CPU, provider_session
-from mcv_runtime.requests import Request
-from mcv_runtime.reuse import PrefixCache
-from mcv_runtime.schedule import VISION_MEMORY_MB, BatchSlices
-from mcv_runtime.session_turns import SessionTurns
-from mcv_runtime.sessions import GraphSessions, SessionFactory, session_options
-from mcv_runtime.settings import Options
-from mcv_runtime.tokens import TextTokenizer
-from mcv_runtime.video import Video
-from mcv_runtime.vision import Clip, Picture, VisionEncoder
+from mcv_runtime.pictures.images import MAX_PIXELS, ImageSource
+from mcv_runtime.pictures.picture import Clip, Picture
+from mcv_runtime.pictures.video import Video
+from mcv_runtime.request.answer import Answer
+from mcv_runtime.request.option_types import check_types
+from mcv_runtime.request.options import Options
+from mcv_runtime.request.preparation import Messages, PictureSource, Preparer, question
+from mcv_runtime.request.request import Request
+from mcv_runtime.sessions.alternating import SessionTurns
+from mcv_runtime.sessions.graphs import GraphSessions, SessionFactory, session_options
+from mcv_runtime.sessions.providers import CPU, provider_session
+from mcv_runtime.text.prompts import ChatTemplate, Prompt, PromptBuilder
+from mcv_runtime.text.tokens import TextTokenizer
+from mcv_runtime.vision.encoder import VisionEncoder
+from mcv_runtime.vision.picture_cache import CACHE_DIR_MB, PICTURE_CACHE_MB, PictureCache, vision_identity
+from mcv_runtime.vision.picture_store import PictureStore
+from mcv_runtime.vision.slice_batches import VISION_MEMORY_MB, BatchSlices
 
 REUSE_MB = 512
 """Memory for what earlier requests have read."""

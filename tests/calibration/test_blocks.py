@@ -14,9 +14,9 @@ from mcv_export.trace import trace
 from mcv_graphs.contract import GraphIO
 from mcv_graphs.layers import Embedding, Linear, WeightFormat
 from mcv_graphs.ops import dequantize
+from mcv_runtime.bundle.manifest import TensorSpec
 from mcv_runtime.errors import OptionError
-from mcv_runtime.manifest import TensorSpec
-from mcv_runtime.sessions import cpu_session, session_options
+from mcv_runtime.sessions.graphs import cpu_session, session_options
 
 FORMATS = [WeightFormat(bits=bits, block_size=size) for bits in (4, 8) for size in (16, 32, 64, 128)]
 

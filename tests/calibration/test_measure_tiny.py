@@ -24,8 +24,8 @@ from mcv_export.families.minicpmv2_6 import FAMILY
 from mcv_export.oracle import oracle_engine
 from mcv_export.sources import resolve
 from mcv_graphs.layers import Linear
+from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.engine import Engine
-from mcv_runtime.manifest import GraphName
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
 GRAPHS: tuple[GraphName, ...] = ("vision_encoder", "resampler")

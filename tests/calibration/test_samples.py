@@ -11,7 +11,7 @@ from PIL import Image
 from mcv_calibration.drawn import KINDS, SIZES
 from mcv_calibration.samples import QUESTIONS, builtin_samples, folder_samples
 from mcv_runtime.errors import ImageError, OptionError
-from mcv_runtime.images import open_picture
+from mcv_runtime.pictures.images import open_picture
 
 
 def picture(path: Path, seed: int = 0) -> Path:

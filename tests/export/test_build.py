@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mcv_export import cli
 from mcv_export.build import BuildOptions, build
 from mcv_runtime import load
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.errors import BundleError, CheckpointError
 
 

@@ -21,7 +21,7 @@ from mcv_export.build import BuildOptions, BuildResult, build
 from mcv_export.calibrate import SampleOptions
 from mcv_export.verify import compare
 from mcv_graphs.siglip import SiglipTower
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.errors import CheckpointError, OptionError
 
 STATIC = GraphRecipe(precision="int8-static", prune_ffn=0.3)

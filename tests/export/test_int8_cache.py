@@ -9,7 +9,7 @@ from mcv_export.build import BuildOptions, build
 from mcv_export.calibrate import SampleOptions
 from mcv_export.verify import compare
 from mcv_runtime import ChatFileError, OptionError, load
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
 QUESTIONS = ["What does the text say?", "Describe the picture.", "What shape is this?", "How many shapes are there?"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mcv_export.build import BuildOptions, build
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
 
 
 def _optimum(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from mcv_calibration.gate import Gate
 from mcv_calibration.samples import folder_samples
 from mcv_export import cli
 from mcv_export.report import judge
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.errors import GateError
 
 Run = Callable[..., tuple[int, str, str]]

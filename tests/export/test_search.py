@@ -19,7 +19,7 @@ from mcv_export.families.minicpmv2_6 import FAMILY
 from mcv_export.oracle import TorchSession
 from mcv_graphs.formats import WeightFormat
 from mcv_graphs.layers import Linear
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
 
 Run = Callable[..., tuple[int, str]]
 

@@ -21,7 +21,7 @@ from mcv_export.sources import resolve
 from mcv_graphs.formats import WeightFormat
 from mcv_graphs.layers import Linear
 from mcv_runtime.errors import OptionError
-from mcv_runtime.sessions import cpu_session, session_options
+from mcv_runtime.sessions.graphs import cpu_session, session_options
 
 Feed = Mapping[str, np.ndarray]
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, normalizers
 from mcv_export.build import BuildOptions, build
 from mcv_export.nfc import nfc_graph
 from mcv_export.text_graphs import write_text_graphs
-from mcv_runtime.bundle import Bundle
+from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.errors import CheckpointError
 
 TINY = Path(__file__).parents[2] / "models" / "tiny" / "checkpoint"

@@ -16,8 +16,8 @@ from mcv_graphs.contract import GraphIO, decoder_io, key_value_cache
 from mcv_graphs.decoder import Decoder, DecoderConfig
 from mcv_graphs.layers import LayerNorm, RMSNorm
 from mcv_graphs.resampler import sincos_positions
-from mcv_runtime.manifest import TensorSpec
-from mcv_runtime.sessions import cpu_session, session_options
+from mcv_runtime.bundle.manifest import TensorSpec
+from mcv_runtime.sessions.graphs import cpu_session, session_options
 
 WIDTH = 64
 

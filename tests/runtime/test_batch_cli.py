@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mcv_runtime import OptionError, OutputError, Request, load
-from mcv_runtime.batch_cli import answer_batch, check_batch
-from mcv_runtime.batch_input import Defaults
+from mcv_runtime.command.batch_cli import answer_batch, check_batch
+from mcv_runtime.command.batch_input import Defaults
 
 DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
 TEXT, CAPTION = "What does the text say?", "Describe the picture."
@@ -255,7 +255,7 @@ def test_each_request_of_a_batch_has_its_own_end(demo):
 
 def test_from_the_command_line(folder):
     source, out = put(folder / "in.jsonl", many(3)), folder / "out.jsonl"
-    command = [sys.executable, "-m", "mcv_runtime.cli", "--batch", str(source), "--out", str(out), "--stop", "circle"]
+    command = [sys.executable, "-m", "mcv_runtime.command.cli", "--batch", str(source), "--out", str(out), "--stop", "circle"]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr.splitlines()[-1] == "mcv-run: 3 rows answered"

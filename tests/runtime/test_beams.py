@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mcv_runtime.beams import beam_search
+from mcv_runtime.choosing.beams import beam_search
 from mcv_runtime.errors import OptionError
 
 VOCAB, PROMPT = 14, [5, 12, 3]

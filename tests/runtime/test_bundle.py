@@ -64,7 +64,7 @@ def test_every_file_must_be_whole(folder):
 
 
 def test_large_files_are_checked_by_verify(folder, monkeypatch):
-    monkeypatch.setattr("mcv_runtime.bundle.CHECKED_BYTES", 0)
+    monkeypatch.setattr("mcv_runtime.bundle.folder.CHECKED_BYTES", 0)
     name = Bundle.open(folder).manifest.graphs["resampler"].file
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])

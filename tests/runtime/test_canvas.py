@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mcv_runtime.canvas import Crop, Markers, canvas_positions, spread
+from mcv_runtime.text.canvas_positions import Crop, Markers, canvas_positions, spread
 
 MARKERS = Markers(image_start=1534, image_end=1535, slice_start=1544, slice_end=1545, newline=198)
 IMAGE, VIDEO = 1, 2

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mcv_runtime.chat_cli import completions
+from mcv_runtime.command.chat_cli import completions
 
 DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
-RUN = [sys.executable, "-m", "mcv_runtime.cli"]
+RUN = [sys.executable, "-m", "mcv_runtime.command.cli"]
 TEXT = "What does the text say?"
 
 

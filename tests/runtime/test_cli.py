@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-RUN = [sys.executable, "-c", "from mcv_runtime.cli import main; main()"]
+RUN = [sys.executable, "-c", "from mcv_runtime.command.cli import main; main()"]
 WITHOUT_TOOLCHAIN = """
 import sys
 for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "huggingface_hub", "mcv_graphs"):
     sys.modules[name] = None  # importing it raises ImportError
-from mcv_runtime.cli import main
+from mcv_runtime.command.cli import main
 main()
 """
 

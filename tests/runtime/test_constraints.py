@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from mcv_runtime.beams import beam_search
-from mcv_runtime.constraints import Grammars
+from mcv_runtime.choosing.beams import beam_search
+from mcv_runtime.choosing.constraints import Grammars
+from mcv_runtime.choosing.sampling import Sampler, Sampling
 from mcv_runtime.errors import BundleCorruptError, OptionError
-from mcv_runtime.sampling import Sampler, Sampling
-from mcv_runtime.tokens import TextTokenizer
+from mcv_runtime.text.tokens import TextTokenizer
 
 SCHEMA = {
     "type": "object",

@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 
-from mcv_runtime.decoding import Decoder
-from mcv_runtime.errors import OptionError
-from mcv_runtime.manifest import (
+from mcv_runtime.bundle.manifest import (
     CacheEntry,
     GenerationSpec,
     GraphSpec,
@@ -15,6 +13,8 @@ from mcv_runtime.manifest import (
     TensorSpec,
     TextSpec,
 )
+from mcv_runtime.decoding.decoder import Decoder
+from mcv_runtime.errors import OptionError
 
 VOCAB, HIDDEN = 10, 3
 

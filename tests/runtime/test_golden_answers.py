@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mcv_runtime import BundleCorruptError, OptionError, PromptError
-from mcv_runtime.preparing import shown
-from mcv_runtime.vision import slice_picture
+from mcv_runtime.pictures.picture import slice_picture
+from mcv_runtime.request.preparation import shown
 
 VISION_TOLERANCE = 1e-4
 LOGITS_TOLERANCE = 2e-3  # on logits with a standard deviation of about 12

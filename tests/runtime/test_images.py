@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mcv_runtime.bundle.manifest import ImageSpec
 from mcv_runtime.errors import ImageError, OptionError
-from mcv_runtime.images import open_picture
-from mcv_runtime.manifest import ImageSpec
-from mcv_runtime.vision import slice_picture
+from mcv_runtime.pictures.images import open_picture
+from mcv_runtime.pictures.picture import slice_picture
 
 RED, BLUE = (250, 10, 20), (0, 0, 255)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcv_runtime.lookup import PromptLookup, lookup_greedy
-from mcv_runtime.sampling import penalised
+from mcv_runtime.choosing.prompt_lookup import PromptLookup, lookup_greedy
+from mcv_runtime.choosing.sampling import penalised
 
 VOCAB = 12
 

@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from mcv_runtime.errors import BundleCorruptError
-from mcv_runtime.manifest import (
+from mcv_runtime.bundle.manifest import (
     CacheEntry,
     FileSpec,
     GenerationSpec,
@@ -17,6 +16,7 @@ from mcv_runtime.manifest import (
     TensorSpec,
     TextSpec,
 )
+from mcv_runtime.errors import BundleCorruptError
 
 MANIFEST = Manifest(
     family="f",

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mcv_runtime import Clip, OptionError, Video
-from mcv_runtime.preparing import shown
+from mcv_runtime.request.preparation import shown
 
 PATCH = 14
 
@@ -168,7 +168,7 @@ def test_both_modes_share_their_weights(merger_family, bundle_of):
 
 def test_a_mode_is_opened_when_it_is_needed(bundle_of, drawn):
     from mcv_runtime import load
-    from mcv_runtime.sessions import cpu_session
+    from mcv_runtime.sessions.graphs import cpu_session
 
     opened = []
     engine = load(bundle_of("minicpmv4_6"), session_factory=lambda *a: opened.append(a[0].name) or cpu_session(*a))

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from mcv_runtime.manifest import ImageSpec, PlaceholderSpec, TextSpec
-from mcv_runtime.prompts import ChatTemplate, Message, PromptBuilder
-from mcv_runtime.slicing import ClipGrid, SliceGrid, adaptive_grid
-from mcv_runtime.tokens import TextTokenizer
+from mcv_runtime.bundle.manifest import ImageSpec, PlaceholderSpec, TextSpec
+from mcv_runtime.pictures.slicing import ClipGrid, SliceGrid, adaptive_grid
+from mcv_runtime.text.prompts import ChatTemplate, Message, PromptBuilder
+from mcv_runtime.text.tokens import TextTokenizer
 
 ONE = SliceGrid(overview=(56, 56), token_unit=56)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mcv_runtime.nesting import nested_order
+from mcv_runtime.vision.patch_order import nested_order
 
 
 def test_squares_of_two():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mcv_runtime import OptionError, Options
-from mcv_runtime.option_types import check_types
+from mcv_runtime.request.option_types import check_types
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import json
 
 import numpy as np
 
-from mcv_runtime.images import open_picture
-from mcv_runtime.manifest import ImageSpec
-from mcv_runtime.patches import bucket, bucketized_ids, cut, normalise, patch_slice, patchify
-from mcv_runtime.slicing import adaptive_grid
+from mcv_runtime.bundle.manifest import ImageSpec
+from mcv_runtime.pictures.images import open_picture
+from mcv_runtime.pictures.patches import bucket, bucketized_ids, cut, normalise, patch_slice, patchify
+from mcv_runtime.pictures.slicing import adaptive_grid
 
 
 def sha256(array):

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from mcv_runtime import Bundle, OutputError, RunError, load
-from mcv_runtime.picture_cache import PictureCache, vision_identity
-from mcv_runtime.picture_store import PictureStore
-from mcv_runtime.sessions import cpu_session
-from mcv_runtime.vision import VisionEncoder, slice_picture
+from mcv_runtime.pictures.picture import slice_picture
+from mcv_runtime.sessions.graphs import cpu_session
+from mcv_runtime.vision.encoder import VisionEncoder
+from mcv_runtime.vision.picture_cache import PictureCache, vision_identity
+from mcv_runtime.vision.picture_store import PictureStore
 
 KEY = "ab" * 32
 
@@ -184,7 +185,7 @@ def test_processes_share_a_folder(tmp_path):
     """Four write and read the same few entries, with room for half of them."""
     code = """
 import sys, numpy as np
-from mcv_runtime.picture_store import PictureStore
+from mcv_runtime.vision.picture_store import PictureStore
 store, rng = PictureStore(sys.argv[1], 40_000), np.random.default_rng(int(sys.argv[2]))
 for _ in range(300):
     number = int(rng.integers(10))

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from mcv_runtime import Event
-from mcv_runtime.progress_bar import ProgressBar, print_answer
+from mcv_runtime.command.progress_bar import ProgressBar, print_answer
 
 
 class Screen(io.StringIO):
@@ -60,7 +60,7 @@ def test_what_is_shown(clock):
 
 @pytest.mark.parametrize("columns", [10, 30, 40, 200])
 def test_a_narrow_terminal(clock, columns, monkeypatch):
-    monkeypatch.setattr("mcv_runtime.progress_bar._columns", lambda stream: columns)
+    monkeypatch.setattr("mcv_runtime.command.progress_bar._columns", lambda stream: columns)
     screen = Screen()
     bar = ProgressBar(screen, clock)
     for done in range(0, 2049, 512):

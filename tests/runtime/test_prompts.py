@@ -5,11 +5,11 @@ import random
 
 import pytest
 
+from mcv_runtime.bundle.manifest import PlaceholderSpec, TextSpec
 from mcv_runtime.errors import BundleCorruptError, PromptError
-from mcv_runtime.manifest import PlaceholderSpec, TextSpec
-from mcv_runtime.prompts import ChatTemplate, Message, PromptBuilder, image_id_slices
-from mcv_runtime.slicing import SliceGrid
-from mcv_runtime.tokens import TextTokenizer
+from mcv_runtime.pictures.slicing import SliceGrid
+from mcv_runtime.text.prompts import ChatTemplate, Message, PromptBuilder, image_id_slices
+from mcv_runtime.text.tokens import TextTokenizer
 
 ONE = SliceGrid(overview=(448, 448))
 LOOK_ALIKES = [

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 
+from mcv_runtime.choosing.sampling import Sampler, Sampling, distribution, likeliest, penalised
 from mcv_runtime.errors import OptionError
-from mcv_runtime.sampling import Sampler, Sampling, distribution, likeliest, penalised
 
 SETTINGS = [
     {},

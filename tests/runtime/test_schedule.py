@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mcv_runtime import OptionError, ResourceError
-from mcv_runtime.manifest import Manifest
-from mcv_runtime.schedule import BatchPace, slice_bytes
-from mcv_runtime.vision import VisionEncoder, pack, slice_picture
+from mcv_runtime.bundle.manifest import Manifest
+from mcv_runtime.pictures.picture import pack, slice_picture
+from mcv_runtime.vision.encoder import VisionEncoder
+from mcv_runtime.vision.slice_batches import BatchPace, slice_bytes
 
 PATCHES = 32 * 32
 
@@ -73,7 +74,7 @@ def test_equal_slices_share_a_run_and_land_where_they_belong(manifest):
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
 def test_too_little_memory_means_smaller_batches(manifest, error):
-    from mcv_runtime.sessions import GuardedSession
+    from mcv_runtime.sessions.graphs import GuardedSession
 
     tower = FakeTower(manifest, limit=2, error=error)
     guarded = GuardedSession(tower, "vision_encoder")

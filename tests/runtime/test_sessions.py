@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from mcv_runtime import McvError, OptionError, ResourceError, RunError, load
-from mcv_runtime.providers import provider_session
-from mcv_runtime.session_turns import SessionTurns
-from mcv_runtime.sessions import GuardedSession, cpu_session, session_options
+from mcv_runtime.sessions.alternating import SessionTurns
+from mcv_runtime.sessions.graphs import GuardedSession, cpu_session, session_options
+from mcv_runtime.sessions.providers import provider_session
 
 
 def noise(seed, size=(300, 200)):

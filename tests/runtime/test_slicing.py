@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from mcv_runtime.bundle.manifest import ImageSpec
 from mcv_runtime.errors import OptionError
-from mcv_runtime.manifest import ImageSpec
-from mcv_runtime.slicing import SliceGrid, adaptive_grid
+from mcv_runtime.pictures.slicing import SliceGrid, adaptive_grid
 
 
 def expected_grid(case):

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mcv_runtime.choosing.stop_strings import StopStrings
 from mcv_runtime.errors import OptionError
-from mcv_runtime.stops import StopStrings
 
 
 def naive(text, strings):

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from mcv_runtime import threads
-from mcv_runtime.threads import cpu_quota, default_threads, physical_cores
+from mcv_runtime.sessions import cores as threads
+from mcv_runtime.sessions.cores import cpu_quota, default_threads, physical_cores
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from mcv_runtime.errors import BundleCorruptError
-from mcv_runtime.tokens import AnswerText, Detokenizer, TextTokenizer
+from mcv_runtime.text.tokens import AnswerText, Detokenizer, TextTokenizer
 
 
 @pytest.fixture(scope="module")

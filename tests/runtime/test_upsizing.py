@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mcv_runtime.manifest import DownsampleSpec, ImageSpec
-from mcv_runtime.upsizing import adaptive_resolution, connected_components, measure_text, otsu_threshold, to_gray
-from mcv_runtime.vision import slice_picture
+from mcv_runtime.bundle.manifest import DownsampleSpec, ImageSpec
+from mcv_runtime.pictures.picture import slice_picture
+from mcv_runtime.pictures.upsizing import adaptive_resolution, connected_components, measure_text, otsu_threshold, to_gray
 
 SPEC = ImageSpec(
     slicing="aligned_grid",

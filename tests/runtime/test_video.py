@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mcv_runtime.bundle.manifest import VideoSpec
 from mcv_runtime.errors import ImageError, OptionError
-from mcv_runtime.manifest import VideoSpec
-from mcv_runtime.video import Video, moments, plan_frames, tile
+from mcv_runtime.pictures.video import Video, moments, plan_frames, tile
 
 
 def pictures(video, max_num_frames=128, stack_frames=None):

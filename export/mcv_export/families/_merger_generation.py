@@ -16,8 +16,16 @@ from mcv_export.families._merger_weights import decoder_plan, merger_plan, visio
 from mcv_export.plan import ModelPlan
 from mcv_graphs.hybrid_decoder import HybridConfig, LayerKind
 from mcv_graphs.siglip import SiglipConfig
+from mcv_runtime.bundle.manifest import (
+    DownsampleSpec,
+    GraphName,
+    ImageSpec,
+    PlaceholderSpec,
+    SmallImageUpsize,
+    TextSpec,
+    VideoSpec,
+)
 from mcv_runtime.errors import CheckpointError
-from mcv_runtime.manifest import DownsampleSpec, GraphName, ImageSpec, PlaceholderSpec, SmallImageUpsize, TextSpec, VideoSpec
 
 MERGE = {"16x": 4, "4x": 2}
 """Side of the square of patches behind a visual token."""

@@ -15,7 +15,7 @@ from mcv_graphs.hybrid_decoder import HybridConfig, HybridDecoder, frequency_axe
 from mcv_graphs.merger import Merger
 from mcv_graphs.siglip import SiglipConfig
 from mcv_graphs.window_siglip import WindowSiglipTower
-from mcv_runtime.manifest import CacheEntry, GraphName
+from mcv_runtime.bundle.manifest import CacheEntry, GraphName
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 

@@ -12,8 +12,8 @@ from mcv_graphs.contract import decoder_io, key_value_cache, resampler_io, visio
 from mcv_graphs.decoder import Decoder, DecoderConfig, rotary_tables
 from mcv_graphs.resampler import Resampler, ResamplerConfig, TemporalResampler, position_frequencies, time_frequencies
 from mcv_graphs.siglip import SiglipConfig, SiglipTower
+from mcv_runtime.bundle.manifest import ImageSpec, PlaceholderSpec
 from mcv_runtime.errors import CheckpointError
-from mcv_runtime.manifest import ImageSpec, PlaceholderSpec
 
 
 def tower_config(config: Mapping[str, Any]) -> SiglipConfig:

@@ -17,8 +17,8 @@ from mcv_export.plan import Description, Family, GraphPlan, ModelPlan, Part, sam
 from mcv_graphs.contract import resized_vision_encoder_io
 from mcv_graphs.resampler import ResamplerConfig
 from mcv_graphs.siglip import ResizedSiglipTower, SiglipConfig
+from mcv_runtime.bundle.manifest import PlaceholderSpec, TextSpec
 from mcv_runtime.errors import CheckpointError
-from mcv_runtime.manifest import PlaceholderSpec, TextSpec
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ {'user': '<用户>', 'assistant': '<AI>'}.get(message['role'], '') + message['content'] }}"

@@ -14,7 +14,7 @@ from mcv_export import config as cfg
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.families import _resampler_generation as parts
 from mcv_export.plan import Description, Family, ModelPlan
-from mcv_runtime.manifest import PlaceholderSpec, TextSpec
+from mcv_runtime.bundle.manifest import PlaceholderSpec, TextSpec
 
 
 def _recognises(config: Mapping[str, Any]) -> bool:

@@ -13,8 +13,8 @@ from mcv_export import config as cfg
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.families import _resampler_generation as parts
 from mcv_export.plan import Description, Family, ModelPlan
+from mcv_runtime.bundle.manifest import TextSpec, VideoSpec
 from mcv_runtime.errors import CheckpointError
-from mcv_runtime.manifest import TextSpec, VideoSpec
 
 
 def _recognises(config: Mapping[str, Any]) -> bool:

@@ -23,8 +23,8 @@ from mcv_export.plan import Description, Family, GraphPlan, ModelPlan, Part, sam
 from mcv_graphs.contract import fixed_resampler_io, fixed_vision_encoder_io
 from mcv_graphs.eva import EvaConfig, EvaTower
 from mcv_graphs.resampler import FixedResampler, ResamplerConfig, position_frequencies
+from mcv_runtime.bundle.manifest import ImageSpec, PlaceholderSpec, TextSpec
 from mcv_runtime.errors import CheckpointError
-from mcv_runtime.manifest import ImageSpec, PlaceholderSpec, TextSpec
 
 _TOWER, _RESAMPLER = "model.vision_tower", "model.resampler"
 _HEADS = 16

@@ -1,0 +1,1 @@
+"""`mcv-run`: questions, conversations and batches in a terminal. May import everything; nothing imports it."""

@@ -1,0 +1,149 @@
+"""`mcv-run --batch`: answer many requests, a few at a time, so that memory does not grow with their number."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO, TypeAlias
+
+from mcv_runtime.command.batch_input import BatchRow, Defaults, batch_rows, count_rows
+from mcv_runtime.command.batch_output import BatchOutput
+from mcv_runtime.command.progress_bar import ProgressBar, counted
+from mcv_runtime.engine import Engine
+from mcv_runtime.errors import McvError, OptionError
+from mcv_runtime.progress import Event
+from mcv_runtime.request.answer import Answer, Completion
+from mcv_runtime.request.request import Request
+
+BATCH_SIZE = 8
+_WAITING = 64
+"""Rows with nothing to compute that may wait for one that has."""
+Entry: TypeAlias = tuple[BatchRow, dict[str, Any] | None]
+"""A row, and its answer from an earlier run."""
+
+
+def check_batch(source: Path, out: Path | None, size: int) -> Path:
+    """Where the answers go; raises `OptionError` for what makes no sense, before a model is opened."""
+    if out is None:
+        raise OptionError("--batch needs --out, the file for the answers")
+    if not source.exists():
+        raise OptionError(f"{source} is not there; --batch takes a file of requests or a folder of pictures")
+    if out.exists() and source.samefile(out):
+        raise OptionError(f"{out} is the file with the requests; name another file for the answers")
+    if size < 1:
+        raise OptionError(f"batch-size must be at least 1, not {size}")
+    return out
+
+
+def answer_batch(
+    engine: Engine, source: Path, out: Path, defaults: Defaults, size: int = BATCH_SIZE, notices: TextIO | None = None
+) -> int:
+    """Write an answer or an error for every row of `source` to `out`; 0, or 1 if a row failed."""
+    notices = sys.stderr if notices is None else notices
+    bar = ProgressBar(notices)
+    run = _Run(engine, bar, count_rows(source) if notices.isatty() else 0)
+    rows = batch_rows(source, defaults)
+    first = next(rows, None)  # what is wrong with the source is found before the output is touched
+    with BatchOutput(out) as output:
+        try:
+            remaining = itertools.dropwhile(output.has, itertools.chain(() if first is None else (first,), rows))
+            left = next(remaining, None)
+            output.settle()
+            run.written = output.kept
+            for group in _groups(itertools.chain(() if left is None else (left,), remaining), output, size):
+                for answer in run.answers(group):
+                    output.write(answer)
+            output.finish()
+        except KeyboardInterrupt:
+            bar.close()
+            print(f"mcv-run: stopped after {run.written:,} rows; the same command goes on from there", file=notices)
+            raise
+        finally:
+            bar.close()
+    failed = f', {run.failed:,} failed (see "error" in {out}; the same command tries them again)' if run.failed else ""
+    kept = f", {output.kept:,} were there" if output.kept else ""
+    print(f"mcv-run: {run.answered:,} rows answered{kept}{failed}", file=notices)
+    return 1 if run.failed else 0
+
+
+def _groups(rows: Iterator[BatchRow], output: BatchOutput, size: int) -> Iterator[list[Entry]]:
+    """Rows in order, so many that about `size` have to be computed; none waits that needs not."""
+    group: list[Entry] = []
+    for row in rows:
+        group.append((row, None if row.request is None else output.earlier(row)))
+        open_ = sum(row.request is not None and earlier is None for row, earlier in group)
+        if not open_ or open_ == size or len(group) == _WAITING + size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+class _Run:
+    """Answers groups of rows and counts them."""
+
+    def __init__(self, engine: Engine, bar: ProgressBar, total: int) -> None:
+        self.written = self.answered = self.failed = 0
+        self._engine, self._bar, self._total = engine, bar, total
+        self._start = time.monotonic()
+
+    def answers(self, group: Sequence[Entry]) -> Iterator[dict[str, Any]]:
+        """What to write for each row, in order."""
+        asked = [row.request for row, earlier in group if row.request is not None and earlier is None]
+        found = iter(self._ask(asked))
+        for row, earlier in group:
+            if earlier is not None:
+                yield earlier
+            else:
+                result = row.error if row.request is None else next(found)
+                said = {"row": row.number, **row.said}
+                if isinstance(result, str):
+                    self.failed += 1
+                    yield {**said, "error": result}
+                else:
+                    self.answered += 1
+                    yield {**said, **_told(result), "request": row.digest}
+            self.written += 1
+
+    def _ask(self, requests: Sequence[Request]) -> list[Answer | str]:
+        """An answer, or what is wrong, for each."""
+        if not requests:
+            return []
+        first, *others = requests
+        first = replace(first, options={**first.options, "progress": self._show})  # they go on together
+        try:
+            return list(self._engine.batch([first, *others]))
+        except Exception as error:  # whatever it is, the other rows are not to blame
+            if len(requests) == 1:
+                return [_line(error)]
+        return [self._ask([request])[0] for request in requests]
+
+    def _show(self, event: Event) -> None:
+        of = f" of {self._total:,}" if self._total else ""
+        made = self.answered + self.failed
+        speed = f", {made / (time.monotonic() - self._start):.1f} a second" if made else ""
+        self._bar.show(f"rows {self.written:,}{of}{speed}; {counted(event)}", self.written, self._total)
+
+
+def _told(answer: Answer) -> dict[str, Any]:
+    """What is written of an answer."""
+    told: dict[str, Any] = {"text": answer.text, "stop_reason": answer.stop_reason}
+    told |= {name: value for name in ("score", "logprobs") if (value := getattr(answer, name)) is not None}
+    if answer.alternatives:
+        told["alternatives"] = [completion_report(one) for one in answer.alternatives]
+    return told
+
+
+def completion_report(completion: Completion) -> dict[str, Any]:
+    """One of several answers, as JSON has it."""
+    names = ("text", "tokens", "stop_reason", "logprobs", "score")
+    return {name: getattr(completion, name) for name in names}
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, McvError) else f"{type(error).__name__}: {text}"

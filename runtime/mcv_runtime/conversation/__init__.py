@@ -1,0 +1,1 @@
+"""Conversations, in memory and on disk. May import all rooms but `command`."""

@@ -1,0 +1,1 @@
+"""Pictures and videos: opened, checked and cut into slices and patches. May import `bundle`."""

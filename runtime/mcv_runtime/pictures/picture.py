@@ -1,0 +1,111 @@
+"""Pictures and videos cut into slices, and what is left of them when they are encoded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from mcv_runtime.bundle.manifest import ImageSpec, SmallImageUpsize
+from mcv_runtime.errors import ImageError, OptionError
+from mcv_runtime.pictures.images import MAX_PIXELS, ImageSource, describe, open_picture
+from mcv_runtime.pictures.patches import cut
+from mcv_runtime.pictures.slicing import Size, SliceGrid, adaptive_grid
+from mcv_runtime.pictures.upsizing import keep_small
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+STILL = -1
+"""The time of a patch that is not of a video."""
+MAX_STRETCH = 4
+"""Most pixels of a slice of a very long and narrow picture, against a square one's: attention's memory is quadratic."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SlicedPicture:
+    """A picture cut into RGB slices, not yet encoded."""
+
+    name: str
+    size: Size
+    grid: SliceGrid
+    slices: tuple[Image.Image, ...]
+    """Of a pack of frames, frame after frame."""
+    downsample_mode: str | None = None
+    times: tuple[int, ...] = (STILL,)
+    """One for each frame of a pack: its patches say when they were."""
+    fingerprint: str = field(init=False)
+    """The same for the same slices, grid, mode and times, whatever the file was."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fingerprint", _fingerprint(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Picture:
+    """An encoded picture: give it to `ask` or `stream` as often as you like, it is not encoded again."""
+
+    name: str
+    size: Size
+    """(width, height) in pixels, upright."""
+    grid: SliceGrid
+    embeds: NDArray[np.float32]
+    """[visual tokens, hidden], slice after slice; not to be written to."""
+    fingerprint: str
+    """64 hex digits, the same for pictures that were encoded alike: equal slices, mode, times, graphs, and padding if seen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Clip:
+    """A video as pictures in the order of time: give it to `ask` as often as you like, it is not encoded again."""
+
+    name: str
+    frames: tuple[SlicedPicture | Picture, ...]
+
+
+def slice_picture(
+    source: ImageSource,
+    image: ImageSpec,
+    *,
+    max_slice_nums: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    downsample_mode: str | None = None,
+    small_image_upsize: SmallImageUpsize | None = None,
+) -> SlicedPicture:
+    """Open a picture and cut it; only the slices, which have a bounded size, stay in memory."""
+    picture = open_picture(source, max_pixels)
+    mode = image.downsample_mode if downsample_mode is None else downsample_mode
+    if mode is not None and mode not in image.downsample:
+        known = ", ".join(image.downsample) or "no such choice"
+        raise OptionError(f"downsample_mode={mode!r}: this model has {known}")
+    unit = None if mode is None else image.downsample[mode].merge * image.patch_size
+    grid = adaptive_grid(picture.size, image, max_slice_nums, unit)
+    if max(width * height for width, height in grid.sizes) > MAX_STRETCH * image.scale_resolution**2:
+        raise ImageError(f"{describe(source)} is too long and narrow ({picture.width} x {picture.height}); cut it into pieces")
+    slices = tuple(cut(picture, grid))
+    upsize = image.small_image_upsize if small_image_upsize is None else small_image_upsize
+    if upsize != "always":
+        grid, slices = keep_small(picture, grid, slices, image, adaptive=upsize == "adaptive")
+    return SlicedPicture(name=describe(source), size=picture.size, grid=grid, slices=slices, downsample_mode=mode)
+
+
+def pack(frames: Sequence[SlicedPicture], times: tuple[int, ...]) -> SlicedPicture:
+    """One picture of frames that are compressed together; without times, of the one frame there is."""
+    first = frames[0]
+    if not times:
+        return first
+    if any(frame.grid != first.grid for frame in frames):
+        raise ImageError("the frames of a video differ in size, so they cannot be packed")
+    return replace(first, slices=tuple(piece for frame in frames for piece in frame.slices), times=times)
+
+
+def _fingerprint(picture: SlicedPicture) -> str:
+    described = (picture.downsample_mode, picture.times, picture.grid, [piece.size for piece in picture.slices])
+    digest = hashlib.sha256(repr(described).encode())
+    for piece in picture.slices:
+        digest.update(piece.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,80 @@
+"""What a request gives back: the answer and what it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mcv_runtime.pictures.picture import Picture
+
+StopReason = Literal["stop", "length", "timeout", "cancelled"]
+Phase = Literal["preprocess", "vision", "prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds: opening the bundle (once, not per request), cutting pictures and tokenizing, and in the graphs."""
+
+    load: float = 0.0
+    preprocess: float = 0.0
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+class Stopwatch:
+    """Adds up the time of each phase of a request."""
+
+    def __init__(self, load_s: float) -> None:
+        self.timings = Timings(load=load_s)
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings = replace(self.timings, **{name: getattr(self.timings, name) + time.perf_counter() - start})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One text that a model made of a prompt."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """Generated ids, the stop token included."""
+    stop_reason: StopReason
+    """`stop`: the model or a stop string ended the answer; `length`: it ran into max_new_tokens or the end of the context;
+    `timeout` and `cancelled`: this is how far it came."""
+    logprobs: tuple[float, ...] | None = None
+    """Log-probability of each token under the model, before penalties and temperature; None unless asked for."""
+    score: float | None = None
+    """What beam search ranks by: the sum of the log-probabilities over a power of the length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer(Completion):
+    """A finished answer: the best completion, and what the request took."""
+
+    prompt_tokens: tuple[int, ...]
+    """Ids of the prompt, placeholders expanded."""
+    pictures: tuple[Picture, ...]
+    timings: Timings
+    reused_tokens: int = 0
+    """Of the prompt, tokens that were known from an earlier request and not read again."""
+    drafted: int = 0
+    """Tokens that prompt_lookup guessed."""
+    accepted: int = 0
+    """Of these, right ones."""
+    alternatives: tuple[Completion, ...] = ()
+    """With num_return_sequences: the other completions."""
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decoding speed; None if there was no decoding, as the first token comes from the prefill."""
+        made = sum(max(len(one.tokens) - 1, 0) for one in (self, *self.alternatives))
+        return made / self.timings.decode if self.timings.decode and made else None

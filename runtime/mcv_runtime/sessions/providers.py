@@ -1,0 +1,43 @@
+"""Choose what of ONNX Runtime does the computing, by a short name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from mcv_runtime.errors import OptionError
+from mcv_runtime.sessions.graphs import Session, SessionFactory, cpu_session
+
+_SUFFIX = "ExecutionProvider"
+CPU = "cpu"
+
+
+def provider_session(provider: str = CPU) -> SessionFactory:
+    """The session factory of a provider, `cpu`, `cuda`, `openvino` and so on; what it cannot do, the CPU does.
+
+    Raises `OptionError` if the installed ONNX Runtime has no such provider, or when a session is opened and it does not start.
+    """
+    wanted = provider.strip().lower()
+    installed = {_short(name): name for name in ort.get_available_providers()}
+    if wanted not in installed:
+        known = {_short(name) for name in ort.get_all_providers()} | installed.keys()
+        reason = "which the installed onnxruntime does not have" if wanted in known else "which ONNX Runtime does not know"
+        raise OptionError(f"provider={provider!r}, {reason}; it has {', '.join(sorted(installed))}")
+    if wanted == CPU:
+        return cpu_session
+    name = installed[wanted]
+
+    def open_there(path: Path, options: ort.SessionOptions) -> Session:
+        session: Any = ort.InferenceSession(path, options, providers=[name, f"CPU{_SUFFIX}"])
+        if name not in session.get_providers():  # ONNX Runtime only logs it, and goes on with the CPU
+            raise OptionError(f"provider={provider!r} does not start here; are its libraries installed? provider='cpu' works")
+        opened: Session = session
+        return opened
+
+    return open_there
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(_SUFFIX).lower()

@@ -1,0 +1,1 @@
+"""Text: chat templates, prompts with placeholders, tokens and their positions. May import `bundle` and `pictures`."""

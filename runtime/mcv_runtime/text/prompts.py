@@ -1,0 +1,244 @@
+"""Turn messages into the token ids that a model reads, with the places where visual tokens go."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mcv_runtime.bundle.manifest import PlaceholderSpec, TextSpec
+from mcv_runtime.errors import BundleCorruptError, OptionError, PromptError
+from mcv_runtime.pictures.slicing import ClipGrid, SliceGrid
+from mcv_runtime.text.canvas_positions import Crop, Markers, canvas_positions
+from mcv_runtime.text.tokens import TextTokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Picture = TypeVar("Picture")
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+_THOUGHT_MARKS = re.compile(r"(</?think>)")
+
+
+@dataclass(frozen=True, slots=True)
+class Message(Generic[Picture]):
+    """One turn of a conversation: texts and pictures in the order in which the model shall see them."""
+
+    role: Role
+    parts: tuple[str | Picture, ...]
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise PromptError(f"a message has the role {self.role!r}; roles are {', '.join(ROLES)}")
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [part for part in self.parts if not isinstance(part, str)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A prompt ready for the decoder."""
+
+    text: str
+    """With placeholders expanded and the user's text as typed."""
+    ids: NDArray[np.int64]
+    visual_positions: NDArray[np.int64]
+    """Ascending indices into `ids` whose embeddings are replaced by visual tokens, in the order of the pictures' slices."""
+    positions: NDArray[np.int64] | None = None
+    """[3, tokens]: time, row and column of each token; None: they are numbered one after the other."""
+
+
+class ChatTemplate:
+    """A checkpoint's Jinja chat template in a sandbox, with the helpers that Hugging Face templates expect."""
+
+    def __init__(self, source: str, variables: Mapping[str, str] | None = None) -> None:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+        environment.filters["tojson"] = _to_json
+        environment.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
+        environment.globals.update(variables or {})
+        try:
+            self._template = environment.from_string(source)
+            self.can_think = "enable_thinking" in jinja2.meta.find_undeclared_variables(environment.parse(source))
+        except jinja2.TemplateError as error:
+            raise BundleCorruptError(f"the bundle's chat template cannot be used: {error}") from error
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, thinking: bool = False, answering: bool = True) -> str:
+        """The text of a conversation up to where the assistant answers, or thinks first; or without that."""
+        if thinking and not self.can_think:
+            raise OptionError("this model does not know thinking; leave the option out")
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=answering, enable_thinking=thinking)
+        except jinja2.TemplateError as error:
+            raise PromptError(f"the model's chat template refuses these messages: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBuilder:
+    """Renders, expands and tokenizes. What a user typed stays text, even where it looks like a control token."""
+
+    tokenizer: TextTokenizer
+    template: ChatTemplate
+    text: TextSpec
+    placeholder: PlaceholderSpec
+
+    def build(
+        self,
+        messages: Sequence[Message[SliceGrid | ClipGrid]],
+        *,
+        use_image_id: bool | None = None,
+        thinking: bool = False,
+        answering: bool = True,
+    ) -> Prompt:
+        """The prompt for `messages`, whose pictures and videos are given as their slice grids.
+
+        `answering`: up to where the assistant answers; else the messages alone.
+        """
+        if not messages or not messages[-1].text.strip():
+            raise PromptError("the prompt is empty")
+        # A lone surrogate (from a command line or JSON) has no UTF-8 form.
+        messages = [Message(m.role, tuple(_mend(p) if isinstance(p, str) else p for p in m.parts)) for m in messages]
+        guard, mark = _unused_characters("".join(message.text for message in messages))
+        guarded = [self._content(message, guard, mark) for message in messages]
+        rendered = self.template.render(guarded, thinking=thinking, answering=answering)
+        visuals = [visual for message in messages for visual in message.pictures]
+        between = rendered.split(mark)
+        if len(between) != len(visuals) + 1:
+            raise PromptError(f"the model's chat template keeps {len(between) - 1} of {len(visuals)} pictures")
+        expanded = self._expanded(visuals, use_image_id)
+        text = "".join(itertools.chain(*itertools.zip_longest(between, expanded, fillvalue="")))
+        ids = np.array(self.tokenizer.encode(text, guard), dtype=np.int64)
+        starts, counts = self._slices(ids, visuals)
+        return Prompt(
+            text.replace(guard, ""),
+            ids,
+            np.concatenate([np.empty(0, np.int64), *(start + np.arange(n) for start, n in zip(starts, counts, strict=True))]),
+            self._canvas(ids, starts, visuals) if self.text.positions == "canvas" else None,
+        )
+
+    def _content(self, message: Message[SliceGrid | ClipGrid], guard: str, mark: str) -> dict[str, str]:
+        parts = (self._guarded(part, message.role, guard) if isinstance(part, str) else mark for part in message.parts)
+        return {"role": message.role, "content": self.text.part_separator.join(parts)}
+
+    def _guarded(self, text: str, role: Role, guard: str) -> str:
+        if role == "assistant" and self.template.can_think:  # the template removes earlier thoughts, if it can see them
+            pieces = _THOUGHT_MARKS.split(text)
+            return "".join(piece if i % 2 else self.tokenizer.guard_text(piece, guard) for i, piece in enumerate(pieces))
+        return self.tokenizer.guard_text(text, guard)
+
+    def _expanded(self, visuals: Sequence[SliceGrid | ClipGrid], use_image_id: bool | None) -> list[str]:
+        """Placeholder text of each picture and video; pictures are numbered by default, videos on demand."""
+        spec = self.placeholder
+        with_ids = spec.use_image_id if use_image_id is None else use_image_id
+        expand = _STRATEGIES[spec.strategy]
+        pictures, videos = itertools.count(), itertools.count()
+        return [
+            self._clip(visual, next(videos) if use_image_id and spec.video_ids else None)
+            if isinstance(visual, ClipGrid)
+            else expand(spec, visual, next(pictures) if with_ids else None)
+            for visual in visuals
+        ]
+
+    def _clip(self, clip: ClipGrid, number: int | None) -> str:
+        """Placeholder text of one video: optional number, then its frames like pictures without one.
+
+        Nothing stands between frames with a token of their own; without it, they are pictures like others.
+        """
+        spec = self.placeholder
+        frames = (image_id_slices(spec, grid, None, spec.video_token) for grid in clip.frames)
+        return _image_id(spec, number) + (self.text.part_separator if spec.video_token is None else "").join(frames)
+
+    def _slices(self, ids: NDArray[np.int64], visuals: Sequence[SliceGrid | ClipGrid]) -> tuple[NDArray[np.int64], list[int]]:
+        """Where each slice's visual tokens begin, and how many they are."""
+        spec = self.placeholder
+        opening = [spec.image_start] if spec.strategy == "bracketed_slices" else [spec.image_start, spec.slice_start]
+        starts = np.flatnonzero(np.isin(ids, [self.tokenizer.id_of(token) for token in opening])) + 1
+        counts = [count for grid in _grids(visuals) for count in slice_tokens(spec, grid)]
+        tokens = [spec.token] if spec.video_token is None else [spec.token, spec.video_token]
+        total = int(np.isin(ids, [self.tokenizer.id_of(token) for token in tokens]).sum())
+        if len(starts) != len(counts) or total != sum(counts):
+            raise BundleCorruptError("the tokenizer does not keep the picture placeholders whole")
+        return starts, counts
+
+    def _canvas(
+        self, ids: NDArray[np.int64], starts: NDArray[np.int64], visuals: Sequence[SliceGrid | ClipGrid]
+    ) -> NDArray[np.int64]:
+        spec, newline = self.placeholder, self.text.newline_id
+        shapes = [shape for grid in _grids(visuals) for shape in grid.token_shapes or ()]
+        if newline is None or len(shapes) != len(starts):
+            raise BundleCorruptError("the manifest asks for positions on a canvas, but lacks what they need")
+        names = ("image_start", "image_end", "slice_start", "slice_end")
+        markers = Markers(newline=newline, **{name: self.tokenizer.id_of(getattr(spec, name)) for name in names})
+        crops = [Crop(int(start), rows, columns) for start, (rows, columns) in zip(starts, shapes, strict=True)]
+        return canvas_positions(ids, crops, markers)
+
+
+def slice_tokens(spec: PlaceholderSpec, grid: SliceGrid) -> list[int]:
+    """Visual tokens of each slice of a picture."""
+    if spec.tokens_per_slice is not None:
+        return [spec.tokens_per_slice] * len(grid.sizes)
+    if grid.token_shapes is None:
+        raise BundleCorruptError("the manifest does not say how many tokens stand for a slice")
+    return [rows * columns for rows, columns in grid.token_shapes]
+
+
+def image_id_slices(spec: PlaceholderSpec, grid: SliceGrid, number: int | None, token: str | None = None) -> str:
+    """Placeholder text of one picture: optional number, the overview, then the cells, rows joined by a newline."""
+    overview, *cells = ((token or spec.token) * count for count in slice_tokens(spec, grid))
+    written = [spec.slice_start + cell + spec.slice_end for cell in cells]
+    rows = ["".join(written[start : start + grid.columns]) for start in range(0, len(written), grid.columns or 1)]
+    return _image_id(spec, number) + spec.image_start + overview + spec.image_end + "\n".join(rows)
+
+
+def _image_id(spec: PlaceholderSpec, number: int | None) -> str:
+    return "" if number is None else f"{spec.image_id_start}{number}{spec.image_id_end}"
+
+
+def _grids(visuals: Sequence[SliceGrid | ClipGrid]) -> Iterator[SliceGrid]:
+    for visual in visuals:
+        yield from visual.frames if isinstance(visual, ClipGrid) else (visual,)
+
+
+def bracketed_slices(spec: PlaceholderSpec, grid: SliceGrid, number: int | None) -> str:
+    """Placeholder text of one picture: the overview, then all cells, written alike, between one pair of brackets."""
+    piece = spec.image_start + spec.token * slice_tokens(spec, grid)[0] + spec.image_end
+    if not grid.columns:
+        return piece
+    return piece + spec.slice_start + "\n".join([piece * grid.columns] * grid.rows) + spec.slice_end
+
+
+_STRATEGIES = {"image_id_slices": image_id_slices, "bracketed_slices": bracketed_slices}
+
+
+def _unused_characters(text: str) -> tuple[str, str]:
+    """Two characters that `text` does not hold: Unicode noncharacters, which no tokenizer or template gives a meaning."""
+    unused = (c for c in map(chr, itertools.chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE))) if c not in text)
+    return next(unused), next(unused)
+
+
+def _mend(text: str) -> str:
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    # Jinja's own filter escapes HTML
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _refuse(message: str) -> str:
+    raise jinja2.TemplateError(message)
