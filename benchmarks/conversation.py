@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mcv_runtime import Answer, Chat, Event, Request, load
+from mcv_runtime import Answer, Chat, Event, Options, Request, load
 
 TOKENS = 16
 
@@ -69,7 +69,7 @@ def main() -> None:
         vision.append(asked.timings.vision)
     shown = next(drawn)
     requests = [
-        Request(shown, "Tell me more. " * (1 + number), options={"max_new_tokens": TOKENS + 4 * number})
+        Request(shown, "Tell me more. " * (1 + number), options=Options(max_new_tokens=TOKENS + 4 * number))
         for number in range(arguments.batch)
     ]
     for request in requests:  # all prompts are known afterwards: what is compared is the decoding

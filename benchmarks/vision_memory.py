@@ -27,7 +27,7 @@ CASES = {"36 slices": 36, "128 frames": 128}
 
 def encode(bundle: Path, case: str, batch: int, threads: int) -> None:
     """One case, in this process; prints what it took."""
-    engine = load(bundle, threads=threads, low_memory=True, batch_slices=batch, vision_memory_mb=1e6)
+    engine = load(bundle, threads=threads, low_memory=True, batch_slices=batch, memory_mb=1e6)
     random = np.random.default_rng(0)
     side = engine.bundle.manifest.image.scale_resolution
     before, start = peak_rss_mb(), time.perf_counter()

@@ -228,3 +228,26 @@ def golden_engine(request: pytest.FixtureRequest, engine_of: Callable[..., Any])
     """An engine of the golden case's family, or of 2.6 where the test is about none."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     return engine_of(params["golden_case"].family if "golden_case" in params else "minicpmv2_6")
+
+
+@pytest.fixture(scope="session")
+def read_prompt() -> Callable[..., tuple[Any, Any, np.ndarray]]:
+    """Reads a prompt into a memory of its own."""
+    return _read_prompt
+
+
+def _read_prompt(
+    engine: Any, prompt: Any, embeds: np.ndarray, chunk: int = 1 << 20, *, more: int = 0
+) -> tuple[Any, Any, np.ndarray]:
+    """A memory and a row in it that holds a prompt, with room for `more` tokens, and the logits [1, vocab] behind it."""
+    from mcv_runtime.decoding.slots import prompt_keys
+
+    decoder, keys = engine._scheduler.decoder, prompt_keys(prompt)
+    slots = decoder.new_slots()
+    row = decoder.new_row(slots, len(prompt.ids) + more)
+    for start in range(0, len(prompt.ids), chunk):
+        end = min(start + chunk, len(prompt.ids))
+        first, last = np.searchsorted(prompt.visual_positions, (start, end))
+        places = prompt.visual_positions[first:last] - start
+        logits = decoder.read(slots, row, prompt.ids[start:end], embeds[first:last], places, keys=keys[:, start:end])
+    return slots, row, logits

@@ -27,7 +27,7 @@ def requests():
 
 @pytest.fixture(scope="module")
 def engine():
-    return load(threads=1, reuse_mb=32, picture_cache_mb=8)
+    return load(threads=1, memory_mb=128)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -17,8 +17,11 @@ from mcv_calibration.samples import Sample
 from mcv_export.graph_files import Progress
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import CacheEntry, GraphSpec, TensorSpec
+from mcv_runtime.decoding.decoder import Decoder
+from mcv_runtime.decoding.slots import prompt_keys
 from mcv_runtime.engine import load
 from mcv_runtime.errors import CheckpointError, McvError
+from mcv_runtime.sessions.graphs import cpu_session, session_options
 
 _ATTENTION = "GroupQueryAttention"
 _K_SCALE, _V_SCALE = 12, 13
@@ -47,8 +50,10 @@ def cache_peaks(bundle: Bundle, samples: Sequence[Sample], progress: Progress) -
 
     Of a picture only the overview is shown. Samples that cannot be read are left out; raises `CheckpointError` if none can.
     """
-    engine = load(bundle.folder, reuse_mb=0, picture_cache_mb=0)
-    decoder, entries = engine._decoder, [entry for entry in bundle.manifest.cache if entry.grows]
+    engine = load(bundle.folder, reuse=False)
+    session = cpu_session(bundle.graph("decoder_with_past"), session_options())
+    decoder, entries = Decoder(lambda name: session, bundle.manifest), [entry for entry in bundle.manifest.cache if entry.grows]
+    slots = decoder.new_slots()
     peaks: dict[str, NDArray[np.float32]] = {}
     for number, sample in enumerate(samples):
         progress("decoder_with_past_kv8", number, len(samples))
@@ -57,13 +62,13 @@ def cache_peaks(bundle: Bundle, samples: Sequence[Sample], progress: Progress) -
             prompt = engine.prompt([{"role": "user", "content": [*pictures, sample.prompt]}])
         except McvError:
             continue
-        cache = decoder.new_cache(len(prompt.ids))
-        width = bundle.manifest.hidden_size
-        embeds = np.concatenate([np.empty((0, width), np.float32), *(picture.embeds for picture in pictures)])
-        decoder.prefill(cache, prompt.ids, embeds, prompt.visual_positions, positions=prompt.positions)
+        row = decoder.new_row(slots, len(prompt.ids))
+        embeds = decoder.visual_tokens(pictures)
+        decoder.read(slots, row, prompt.ids, embeds, prompt.visual_positions, keys=prompt_keys(prompt))
+        tensors = dict(slots.export(row))
         for entry in entries:
-            seen = np.abs(cache.tensor(entry.input)[0, :, : len(prompt.ids)]).max(axis=1)
-            peaks[entry.input] = np.maximum(peaks.get(entry.input, 0), seen)
+            peaks[entry.input] = np.maximum(peaks.get(entry.input, 0), np.abs(tensors[entry.input]).max(axis=1))
+        slots.drop(row)
     progress("decoder_with_past_kv8", len(samples), len(samples))
     if not peaks:
         raise CheckpointError("no sample could be read to find the range of keys and values; give others with --calibration")

@@ -107,4 +107,4 @@ def oracle_engine(
             return sessions[path.name]
 
         # whoever watches the modules wants to see them at work every time
-        return load(folder, session_factory=open_module, picture_cache_mb=0, reuse_mb=0, batch_slices=1)
+        return load(folder, session_factory=open_module, reuse=False, batch_slices=1)

@@ -26,6 +26,7 @@ from mcv_export.stored import check_weights, stored_module
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.decoding.decoder import Decoder
+from mcv_runtime.decoding.slots import prompt_keys
 from mcv_runtime.engine import load
 from mcv_runtime.errors import CheckpointError
 from mcv_runtime.sessions.graphs import Session, cpu_session, session_options
@@ -211,14 +212,16 @@ def _decode_eager(module: nn.Module, plan: GraphPlan, prompt: Prompt, embeds: Ar
 
 
 def _decode_bundled(bundle: Bundle, prompt: Prompt, embeds: Array) -> tuple[list[int], Array]:
-    decoder = Decoder(cpu_session(bundle.graph("decoder_with_past"), session_options()), bundle.manifest)
-    cache = decoder.new_cache(len(prompt.ids) + STEPS)
-    first = logits = decoder.prefill(cache, prompt.ids, embeds, prompt.visual_positions, len(prompt.ids), prompt.positions)
+    session = cpu_session(bundle.graph("decoder_with_past"), session_options())
+    decoder = Decoder(lambda name: session, bundle.manifest)
+    slots = decoder.new_slots()
+    row = decoder.new_row(slots, len(prompt.ids) + STEPS)
+    first = logits = decoder.read(slots, row, prompt.ids, embeds, prompt.visual_positions, keys=prompt_keys(prompt))
     tokens = [int(logits.argmax())]
     while len(tokens) < STEPS:
-        (logits,) = decoder.step(cache, tokens[-1:])
+        logits = decoder.read(slots, row, tokens[-1:])
         tokens.append(int(logits.argmax()))
-    return tokens, first[None]
+    return tokens, first
 
 
 def _difference(recipe: Recipe, plan: GraphPlan, expected: Sequence[Array], found: Sequence[Array]) -> Difference:

@@ -2,7 +2,8 @@
 
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.conversation.chat import Chat
-from mcv_runtime.engine import Engine, load
+from mcv_runtime.decoding.ticket import Ticket
+from mcv_runtime.engine import Engine, EngineInfo, MemoryUse, load
 from mcv_runtime.errors import (
     BundleCorruptError,
     BundleError,
@@ -20,7 +21,7 @@ from mcv_runtime.pictures.picture import Clip, Picture
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.progress import Event, Progress
 from mcv_runtime.request.answer import Answer, Completion, Timings
-from mcv_runtime.request.options import Options
+from mcv_runtime.request.options import Options, PictureOptions
 from mcv_runtime.request.request import Request
 from mcv_runtime.text.prompts import Prompt
 
@@ -35,19 +36,23 @@ __all__ = [
     "Clip",
     "Completion",
     "Engine",
+    "EngineInfo",
     "Event",
     "ImageError",
     "McvError",
+    "MemoryUse",
     "OptionError",
     "Options",
     "OutputError",
     "Picture",
+    "PictureOptions",
     "Progress",
     "Prompt",
     "PromptError",
     "Request",
     "ResourceError",
     "RunError",
+    "Ticket",
     "Timings",
     "Video",
     "load",

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Unpack
+from types import TracebackType
+from typing import Literal, Self, Unpack
 
+import numpy as np
 import onnxruntime as ort
 
 from mcv_runtime.bundle import folder as bundles
@@ -15,85 +20,336 @@ from mcv_runtime.bundle.manifest import GraphName, Manifest
 from mcv_runtime.choosing.constraints import Grammars
 from mcv_runtime.conversation.chat import Chat
 from mcv_runtime.conversation.chat_file import read_chat
-from mcv_runtime.decoding.answering import Answerer, finished
+from mcv_runtime.decoding.answering import Answerer
+from mcv_runtime.decoding.arena import DeviceArena, HostArena
 from mcv_runtime.decoding.decoder import Decoder
-from mcv_runtime.decoding.prefixes import PrefixCache
+from mcv_runtime.decoding.scheduler import Scheduler
+from mcv_runtime.decoding.ticket import Ticket, finish_first
 from mcv_runtime.errors import OptionError
 from mcv_runtime.pictures.images import MAX_PIXELS, ImageSource
 from mcv_runtime.pictures.picture import Clip, Picture
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.answer import Answer
-from mcv_runtime.request.option_types import check_types
-from mcv_runtime.request.options import Options
-from mcv_runtime.request.preparation import Messages, PictureSource, Preparer, question
+from mcv_runtime.request.options import Keywords, Options, PictureKeywords, PictureOptions
+from mcv_runtime.request.preparation import Messages, PictureSource, Preparer
 from mcv_runtime.request.request import Request
-from mcv_runtime.sessions.alternating import SessionTurns
-from mcv_runtime.sessions.graphs import GraphSessions, SessionFactory, session_options
-from mcv_runtime.sessions.providers import CPU, provider_session
+from mcv_runtime.sessions.alternating import AlternatingSessions
+from mcv_runtime.sessions.graphs import GraphSessions, SessionFactory
+from mcv_runtime.sessions.graphs import session_options as default_session_options
+from mcv_runtime.sessions.memory import machine_memory
+from mcv_runtime.sessions.providers import CPU, device_of, provider_session
 from mcv_runtime.text.prompts import ChatTemplate, Prompt, PromptBuilder
 from mcv_runtime.text.tokens import TextTokenizer
 from mcv_runtime.vision.encoder import VisionEncoder
-from mcv_runtime.vision.picture_cache import CACHE_DIR_MB, PICTURE_CACHE_MB, PictureCache, vision_identity
+from mcv_runtime.vision.picture_cache import CACHE_DIR_MB, PictureCache, vision_identity
 from mcv_runtime.vision.picture_store import PictureStore
-from mcv_runtime.vision.slice_batches import VISION_MEMORY_MB, BatchSlices
+from mcv_runtime.vision.slice_batches import BatchSlices
 
-REUSE_MB = 512
-"""Memory for what earlier requests have read."""
+MAX_ROWS = 16
+"""Rows that are decoded together: more made little more of two cores (12, 26 and 34 tokens a second at 1, 4 and 16)."""
+_LEAST_MEMORY = 2 << 30
+_PICTURES, _SLICES, _KEPT = 1 / 8, 1 / 4, 1 / 4
+"""Shares of `memory_mb`: encoded pictures, a batch of slices, beginnings of earlier requests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine is and can do."""
+
+    family: str
+    model: str
+    context_length: int
+    """Tokens of prompt and answer together."""
+    max_new_tokens: int
+    """Tokens of an answer, unless a request says otherwise."""
+    max_slice_nums: int
+    downsample_modes: tuple[str, ...]
+    video: bool
+    thinking: bool
+    precisions: dict[str, str]
+    """By graph."""
+    provider: str
+    threads: int
+    """0: ONNX Runtime decides."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Bytes that an engine holds besides the weights, or has set aside, by what they are for."""
+
+    running: int
+    """Keys, values and states of requests on their way, as long as they may get."""
+    kept: int
+    """Those of earlier requests and conversations, which may be forgotten."""
+    pictures: int
+    """Visual tokens of encoded pictures."""
+    limit: int
+    """Most bytes of all these and a batch of slices."""
 
 
 def load(
     bundle: str | Path | None = None,
     *,
     threads: int | None = None,
+    memory_mb: float | None = None,
+    max_rows: int = MAX_ROWS,
     max_pixels: int = MAX_PIXELS,
-    reuse_mb: float = REUSE_MB,
+    reuse: bool = True,
     batch_slices: BatchSlices = "auto",
-    vision_memory_mb: float = VISION_MEMORY_MB,
-    picture_cache_mb: float = PICTURE_CACHE_MB,
     cache_dir: str | Path | None = None,
     cache_dir_mb: float = CACHE_DIR_MB,
     low_memory: bool = False,
     kv: Literal["float", "int8"] = "float",
     provider: str = CPU,
-    options: ort.SessionOptions | None = None,
+    session_options: ort.SessionOptions | None = None,
     session_factory: SessionFactory | None = None,
 ) -> Engine:
     """Open a bundle, by default the demo model that ships with the package.
 
     `threads` defaults to the physical cores that this process may use, and no more than its cgroup's quota allows.
-    `reuse_mb` bounds the memory for what earlier requests have read, so that a common beginning is not read twice (0: none).
-    Equal slices are encoded `batch_slices` at a time (`auto`: one by one unless batches turn out faster), never more than
-    about `vision_memory_mb` are enough for. Encoded pictures are kept, up to `picture_cache_mb` in memory and, with a
-    `cache_dir`, up to `cache_dir_mb` there for other processes too. `low_memory` has either the vision graphs or the decoder
-    open, never both; `kv` `int8` keeps keys and values in a quarter of the memory, if the bundle has a graph for it. `provider`
-    is what of ONNX Runtime computes (`cpu`, `cuda`, `openvino`, ...); `options` and `session_factory` replace how its
-    sessions are made. Raises `BundleError`, `BundleCorruptError` or `OptionError`.
+    `memory_mb` bounds what is held besides the weights (default: a quarter of the memory that this process may use, at least
+    2,147): keys and values of requests that run, up to `max_rows` side by side, and of earlier ones, so that a common
+    beginning is not read twice; encoded pictures; and a batch of slices. `reuse=False` keeps nothing of earlier requests.
+    Equal slices are encoded `batch_slices` at a time (`auto`: one by one unless batches turn out faster). With a `cache_dir`,
+    encoded pictures are kept there too, up to `cache_dir_mb`, for other processes. `low_memory` has either the vision graphs
+    or the decoder open, never both; `kv` `int8` keeps keys and values in a quarter of the memory, if the bundle has a graph for
+    it. `provider` is what of ONNX Runtime computes (`cpu`, `cuda`, `openvino`, ...); `session_options` and `session_factory`
+    replace how its sessions are made. Raises `BundleError`, `BundleCorruptError` or `OptionError`.
     """
     start = time.perf_counter()
     opened = Bundle.open(bundles.DEFAULT if bundle is None else bundle)
     manifest = opened.manifest
-    chosen = session_options(threads) if options is None else options
+    if session_options is not None and threads is not None:
+        raise OptionError("threads and session_options exclude each other; set intra_op_num_threads of the options")
+    chosen = default_session_options(threads) if session_options is None else session_options
     if session_factory is not None and provider != CPU:
         raise OptionError(f"provider={provider!r} is for the session factory that was given to choose; leave one of them out")
     factory = provider_session(provider) if session_factory is None else session_factory
+    memory = _memory(memory_mb)
     if low_memory and batch_slices == "auto":
         batch_slices = 1  # a trial of batches would take memory
-    sessions = (SessionTurns if low_memory else GraphSessions)(opened, chosen, factory)
-    for graph in ("vision_encoder", manifest.compressor):  # now, so that a graph that cannot be used is found at once
-        sessions(graph)
-    store = None if cache_dir is None else PictureStore(cache_dir, int(cache_dir_mb * 1e6))
+    decoder_graph = _decoder_graph(manifest, kv)
+    sessions = (AlternatingSessions if low_memory else GraphSessions)(opened, chosen, factory)
+    if not low_memory:  # now, so that a graph that cannot be used is found at once
+        for graph in ("vision_encoder", manifest.compressor, decoder_graph):
+            sessions(graph)
+    store = None if cache_dir is None else PictureStore(cache_dir, _bytes("cache_dir_mb", cache_dir_mb))
     vision = VisionEncoder(
         sessions,
         manifest,
-        cache=PictureCache(int(picture_cache_mb * 1e6), store),
+        cache=PictureCache(int(memory * _PICTURES) if reuse else 0, store),
         identity=vision_identity(opened),
         batch_slices=batch_slices,
-        memory_mb=vision_memory_mb,
-        hold=lambda: sessions.held("vision_encoder"),
+        memory_bytes=int(memory * _SLICES),
     )
-    decoder_graph = _decoder_graph(manifest, kv)
-    decoder = Decoder(sessions(decoder_graph), manifest, decoder_graph)
-    return Engine(opened, vision, decoder, max_pixels=max_pixels, reuse_mb=reuse_mb, load_s=time.perf_counter() - start)
+    decoder, device = Decoder(sessions, manifest, decoder_graph), device_of(provider)
+    slots = decoder.new_slots(
+        limit=int(memory * (1 - _PICTURES - _SLICES)),
+        keep_limit=int(memory * _KEPT) if reuse else 0,
+        arena=HostArena if device is None else partial(DeviceArena, device=device),
+    )
+    if isinstance(sessions, AlternatingSessions):
+        sessions.before_closing = slots.unbind
+    scheduler = Scheduler(vision, decoder, slots, max_rows=max_rows, sides_exclude=low_memory)
+    return Engine(
+        opened,
+        sessions,
+        vision,
+        scheduler,
+        max_pixels=max_pixels,
+        memory=memory,
+        provider=provider,
+        threads=chosen.intra_op_num_threads,
+        load_s=time.perf_counter() - start,
+    )
+
+
+class Engine:
+    """Answers questions about pictures; made by `load`. A context manager, which closes it.
+
+    Threads and coroutines may share an engine: what they ask runs side by side, and what one has read or encoded serves the
+    others. Options of a request are `Options(...)` or keywords, which change these.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        sessions: GraphSessions,
+        vision: VisionEncoder,
+        scheduler: Scheduler,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        memory: int = _LEAST_MEMORY,
+        provider: str = CPU,
+        threads: int = 0,
+        load_s: float = 0.0,
+    ) -> None:
+        self.bundle = bundle
+        manifest = bundle.manifest
+        tokenizer_json = bundle.read_text(manifest.text.tokenizer)
+        tokenizer = TextTokenizer(tokenizer_json)
+        template = ChatTemplate(bundle.read_text(manifest.text.chat_template), manifest.text.template_variables)
+        prompts = PromptBuilder(tokenizer, template, manifest.text, manifest.placeholder)
+        self._sessions, self._vision, self._scheduler = sessions, vision, scheduler
+        self._preparer = Preparer(manifest, prompts, max_pixels)
+        self._memory, self._provider, self._threads, self._thinks = memory, provider, threads, template.can_think
+        self._answerer = Answerer(
+            manifest,
+            self._preparer,
+            tokenizer,
+            Grammars(tokenizer_json, manifest.generation.stop_token_ids),
+            scheduler,
+            graphs=vision.identity,
+            load_s=load_s,
+        )
+
+    def submit(self, request: Request, *, own_time: bool = False) -> Ticket:
+        """Hand a request in: its ticket gives the answer as it is made, to this or any other thread, or to a coroutine.
+
+        Raises what is wrong with the request. Nothing is computed while nobody waits for any ticket. A `timeout` counts from
+        now, or with `own_time` only while the request is worked for: for one of many, which wait for each other.
+        """
+        return self._answerer.submit(request.conversation, request.options, own_time=own_time).ticket
+
+    def ask(
+        self,
+        images: PictureSource | Sequence[PictureSource] | None,
+        prompt: str,
+        *,
+        system: str | None = None,
+        options: Options | None = None,
+        **changes: Unpack[Keywords],
+    ) -> Answer:
+        """Answer `prompt` about one picture, several, or none (`None` or `[]`)."""
+        return self.stream(images, prompt, system=system, options=options, **changes).result()
+
+    def stream(
+        self,
+        images: PictureSource | Sequence[PictureSource] | None,
+        prompt: str,
+        *,
+        system: str | None = None,
+        options: Options | None = None,
+        **changes: Unpack[Keywords],
+    ) -> Ticket:
+        """Like `ask`, but gives out the text as it is made; joined, the pieces are `Answer.text`."""
+        return self.submit(Request(images, prompt, system, Options.of(options, changes)))
+
+    def ask_messages(self, messages: Messages, *, options: Options | None = None, **changes: Unpack[Keywords]) -> Answer:
+        """Answer the last of several messages."""
+        return self._answerer.submit(messages, Options.of(options, changes)).ticket.result()
+
+    def batch(self, requests: Iterable[Request]) -> list[Answer]:
+        """Answer several requests together: each as `ask` would, decoded side by side, which is faster.
+
+        What goes wrong with one of them is raised when the others are done; `submit_all` tells each one's end.
+        """
+        tickets = list(self.submit_all(requests))
+        return [ticket.result() for ticket in tickets]
+
+    def submit_all(self, requests: Iterable[Request], *, ahead: int = 2 * MAX_ROWS) -> Iterator[Ticket]:
+        """Hand in requests, `ahead` at a time, and give each one's ticket once it is finished, in their order.
+
+        A request's timeout counts only while it is worked for. What is wrong with a request is raised by its ticket's `result`.
+        """
+        if ahead < 1:
+            raise OptionError(f"ahead must be at least 1, not {ahead}")
+        waiting, taken = deque[Ticket](), iter(requests)
+        while True:
+            while len(waiting) < ahead and (request := next(taken, None)) is not None:
+                waiting.append(self._answerer.submit_or_refuse(request.conversation, request.options))
+            if not waiting:
+                return
+            finish_first(waiting)
+            yield waiting.popleft()
+
+    def chat(self, *, system: str | None = None, options: Options | None = None, **changes: Unpack[Keywords]) -> Chat:
+        """A conversation, every question of which reads only what is new; the options are those of every question."""
+        return Chat(self.bundle, self._answerer, system=system, options=Options.of(options, changes))
+
+    def load_chat(self, path: str | Path, *, options: Options | None = None, **changes: Unpack[Keywords]) -> Chat:
+        """A conversation as `Chat.save` left it; raises `ChatFileError` for a damaged file or one of another bundle."""
+        chosen = Options.of(options, changes)
+        with self._scheduler.exclusive():
+            messages, row = read_chat(Path(path), self.bundle, self._scheduler.slots)
+            return Chat(self.bundle, self._answerer, options=chosen, messages=messages, row=row)
+
+    def encode_image(
+        self, image: ImageSource, *, options: PictureOptions | None = None, **changes: Unpack[PictureKeywords]
+    ) -> Picture:
+        """Encode one picture, for any number of questions."""
+        sliced = self._preparer.slice(image, PictureOptions.of(options, changes))
+        (picture,) = self._answerer.encode([sliced])
+        return picture
+
+    def encode_video(self, video: Video, *, options: PictureOptions | None = None, **changes: Unpack[PictureKeywords]) -> Clip:
+        """Encode one video, for any number of questions."""
+        clip = self._preparer.clip(video, PictureOptions.of(options, changes))
+        return Clip(name=clip.name, frames=self._answerer.encode(clip.frames))
+
+    def prompt(self, messages: Messages, *, options: Options | None = None, **changes: Unpack[Keywords]) -> Prompt:
+        """The prompt that `ask_messages` gives to the decoder; no graph is run."""
+        chosen = Options.of(options, changes)
+        return self._preparer.prompt(self._preparer.sliced(messages, chosen), chosen)
+
+    def info(self) -> EngineInfo:
+        """What the engine is and can do."""
+        manifest = self.bundle.manifest
+        return EngineInfo(
+            family=manifest.family,
+            model=manifest.model,
+            context_length=manifest.text.context_length,
+            max_new_tokens=manifest.generation.max_new_tokens,
+            max_slice_nums=manifest.image.max_slice_nums,
+            downsample_modes=tuple(manifest.image.downsample),
+            video=manifest.video is not None,
+            thinking=self._thinks,
+            precisions={name: graph.precision for name, graph in manifest.graphs.items()},
+            provider=self._provider,
+            threads=self._threads,
+        )
+
+    def memory(self) -> MemoryUse:
+        """What is held now, by kind."""
+        slots = self._scheduler.slots
+        kept = slots.kept_bytes
+        return MemoryUse(running=slots.nbytes - kept, kept=kept, pictures=self._vision.cache.nbytes, limit=self._memory)
+
+    def warm_up(self) -> None:
+        """Run every graph once, so that the first request takes no longer than the others."""
+        side = self.bundle.manifest.image.scale_resolution
+        self.ask(np.zeros((side, side, 3), np.uint8), "Hi", max_new_tokens=2, max_slice_nums=1)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what earlier requests have read, and the pictures in memory; conversations keep their own."""
+        with self._scheduler.exclusive():
+            self._scheduler.slots.clear()
+            self._vision.cache.clear()
+
+    def close(self) -> None:
+        """End all requests with an error, and let go of sessions and memory."""
+        self._scheduler.close()
+        self._vision.cache.clear()
+        self._sessions.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _memory(memory_mb: float | None) -> int:
+    if memory_mb is not None:
+        return _bytes("memory_mb", memory_mb)
+    return max((machine_memory() or 0) // 4, _LEAST_MEMORY)
+
+
+def _bytes(name: str, megabytes: float) -> int:
+    if not 0 < megabytes < 1e12:  # NaN neither
+        raise OptionError(f"{name} must be a number of megabytes above 0, not {megabytes}")
+    return int(megabytes * 1e6)
 
 
 def _decoder_graph(manifest: Manifest, kv: str) -> GraphName:
@@ -104,115 +360,3 @@ def _decoder_graph(manifest: Manifest, kv: str) -> GraphName:
     if "decoder_with_past_kv8" not in manifest.graphs:
         raise OptionError("this bundle has no graph for kv='int8'; build it with `mcv-export build --kv int8`")
     return "decoder_with_past_kv8"
-
-
-class Engine:
-    """Answers questions about pictures; made by `load`.
-
-    Threads may share an engine: their requests run side by side, and what one has read or encoded serves the others.
-    """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        vision: VisionEncoder,
-        decoder: Decoder,
-        *,
-        max_pixels: int = MAX_PIXELS,
-        reuse_mb: float = REUSE_MB,
-        load_s: float = 0.0,
-    ) -> None:
-        self.bundle = bundle
-        manifest = bundle.manifest
-        tokenizer_json = bundle.read_text(manifest.text.tokenizer)
-        tokenizer = TextTokenizer(tokenizer_json)
-        template = ChatTemplate(bundle.read_text(manifest.text.chat_template), manifest.text.template_variables)
-        prompts = PromptBuilder(tokenizer, template, manifest.text, manifest.placeholder)
-        self._preparer = Preparer(manifest, prompts, max_pixels)
-        self._vision = vision
-        self._decoder = decoder
-        self._answerer = Answerer(
-            manifest,
-            self._preparer,
-            tokenizer,
-            vision,
-            decoder,
-            Grammars(tokenizer_json, manifest.generation.stop_token_ids),
-            PrefixCache(int(reuse_mb * 1e6)),
-            load_s,
-        )
-
-    def ask(
-        self,
-        images: PictureSource | Sequence[PictureSource] | None,
-        prompt: str,
-        *,
-        system: str | None = None,
-        **options: Unpack[Options],
-    ) -> Answer:
-        """Answer `prompt` about one picture, several, or none (`None` or `[]`)."""
-        return self.ask_messages(question(images, prompt, system), **options)
-
-    def stream(
-        self,
-        images: PictureSource | Sequence[PictureSource] | None,
-        prompt: str,
-        *,
-        system: str | None = None,
-        **options: Unpack[Options],
-    ) -> Generator[str, None, Answer]:
-        """Like `ask`, but gives out the text as it is made; joined, the pieces are `Answer.text`.
-
-        The answer itself is the generator's return value (`answer = yield from engine.stream(...)`).
-        """
-        return (yield from self._answerer.answer(self._answerer.task(question(images, prompt, system), options)))
-
-    def ask_messages(self, messages: Messages, **options: Unpack[Options]) -> Answer:
-        """Answer the last of several messages."""
-        return finished(self._answerer.answer(self._answerer.task(messages, options)))
-
-    def batch(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer several requests together: each as `ask` would, decoded side by side, which is faster.
-
-        Beam search, prompt lookup and several answers to one request are done one after the other.
-        """
-        tasks = [self._answerer.task(request.messages, request.options) for request in requests]
-        alone = [
-            task.settings.num_beams > 1 or task.settings.prompt_lookup or task.settings.num_return_sequences > 1
-            for task in tasks
-        ]
-        together = iter(self._answerer.batch([task for task, single in zip(tasks, alone, strict=True) if not single]))
-        return [
-            finished(self._answerer.answer(task)) if single else next(together)
-            for task, single in zip(tasks, alone, strict=True)
-        ]
-
-    def chat(self, *, system: str | None = None, **options: Unpack[Options]) -> Chat:
-        """A conversation, every turn of which reads only what is new; `options` are those of every turn."""
-        return Chat(self.bundle, self._answerer, system=system, options=options)
-
-    def load_chat(self, path: str | Path, **options: Unpack[Options]) -> Chat:
-        """A conversation as `Chat.save` left it; raises `ChatFileError` for a damaged file or one of another bundle."""
-        messages, memory = read_chat(Path(path), self.bundle, self._decoder)
-        return Chat(self.bundle, self._answerer, options=options, messages=messages, memory=memory)
-
-    def forget(self) -> None:
-        """Forget what earlier requests have read, and the pictures in memory; conversations keep their own."""
-        self._answerer.forget()
-
-    def encode_image(self, image: ImageSource, **options: Unpack[Options]) -> Picture:
-        """Encode one picture, for any number of questions."""
-        check_types(options, Options)
-        (picture,) = self._vision.encode([self._preparer.slice(image, options)])
-        return picture
-
-    def encode_video(self, video: Video, **options: Unpack[Options]) -> Clip:
-        """Encode one video, for any number of questions."""
-        check_types(options, Options)
-        clip = self._preparer.clip(video, options)
-        return Clip(name=clip.name, frames=self._vision.encode(clip.frames))
-
-    def prompt(self, messages: Messages, **options: Unpack[Options]) -> Prompt:
-        """The prompt that `ask_messages` gives to the decoder; no graph is run."""
-        check_types(options, Options)
-        return self._preparer.prompt(self._preparer.sliced(messages, options), options)

@@ -13,7 +13,7 @@ from mcv_export.build import BuildOptions, build
 from mcv_export.checkpoint import open_checkpoint
 from mcv_export.eager import eager_module
 from mcv_export.families import recognise
-from mcv_runtime import load
+from mcv_runtime import Options, load
 
 transformers = pytest.importorskip("transformers", minversion="5.18")
 
@@ -108,19 +108,17 @@ def expected_logits(model, prompt, sliced, mode):
 
 
 @pytest.mark.parametrize("mode", ["16x", "4x"])
-def test_logits(model, picture, mode, tmp_path):
+def test_logits(model, picture, mode, tmp_path, read_prompt):
     reference, folder = model
     engine = load(build(folder, tmp_path / "bundle", BuildOptions(precision="fp32")).folder, threads=1)
     request = [{"role": "user", "content": [picture, "What is it?"]}]
     options = {"downsample_mode": mode, "max_slice_nums": 2}
     prompt = engine.prompt(request, **options)
-    sliced = [part for message in engine._preparer.sliced(request, options) for part in message.pictures]
+    sliced = [part for message in engine._preparer.sliced(request, Options(**options)) for part in message.pictures]
     expected = expected_logits(reference, prompt, sliced, mode)
 
     (encoded,) = engine._vision.encode(sliced)
-    decoder = engine._decoder
-    cache = decoder.new_cache(4096)
-    found = decoder.prefill(cache, prompt.ids, encoded.embeds, prompt.visual_positions, positions=prompt.positions)
+    (found,) = read_prompt(engine, prompt, encoded.embeds)[-1]
     assert np.abs(expected).max() > 0.5
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 

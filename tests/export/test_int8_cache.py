@@ -45,16 +45,13 @@ def test_beams_batches_and_files_work_with_it(folder, tmp_path):
         load(folder).load_chat(tmp_path / "chat.mcv")
 
 
-def test_a_hybrid_decoder(golden_root, tmp_path, bundle_of):
+def test_a_hybrid_decoder(golden_root, tmp_path, bundle_of, read_prompt):
     options = BuildOptions(precision="fp32", int8_cache=True, samples=SampleOptions(count=3))
     folder = build(golden_root / "minicpmv4_6" / "checkpoint", tmp_path / "bundle", options).folder
     plain, small = load(folder, threads=1), load(folder, threads=1, kv="int8")
     prompt = plain.prompt([{"role": "user", "content": "What is written on the wall? " * 8}])
-    none = np.empty((0, plain.bundle.manifest.hidden_size), np.float32), np.empty(0, np.int64)
-    full, rounded = (
-        engine._decoder.prefill(engine._decoder.new_cache(len(prompt.ids)), prompt.ids, *none, positions=prompt.positions)
-        for engine in (plain, small)
-    )
+    none = np.empty((0, plain.bundle.manifest.hidden_size), np.float32)
+    full, rounded = (read_prompt(engine, prompt, none)[-1] for engine in (plain, small))
     error = np.linalg.norm(rounded - full) / np.linalg.norm(full)
     assert 0 < error < 0.05
     with pytest.raises(OptionError, match="--kv int8"):

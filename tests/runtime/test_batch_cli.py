@@ -10,28 +10,28 @@ from pathlib import Path
 
 import pytest
 
-from mcv_runtime import OptionError, OutputError, Request, load
+from mcv_runtime import OptionError, Options, OutputError, Request, load
 from mcv_runtime.command.batch_cli import answer_batch, check_batch
 from mcv_runtime.command.batch_input import Defaults
 
 DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
 TEXT, CAPTION = "What does the text say?", "Describe the picture."
 SAID = {TEXT: "HELLO", CAPTION: "a red circle and the text HELLO"}
-DEFAULTS = Defaults(prompt=CAPTION, system=None, options={"max_new_tokens": 20}, model="demo")
+DEFAULTS = Defaults(prompt=CAPTION, system=None, options=Options(max_new_tokens=20), model="demo")
 
 
 class CountingEngine:
-    """Answers as the engine that it has, and counts the requests; may be interrupted before a batch."""
+    """Answers as the engine that it has, and counts the requests; may be interrupted before one of them."""
 
     def __init__(self, engine):
         self._engine, self.asked, self.stop_before = engine, 0, None
 
-    def batch(self, requests):
+    def submit(self, request, **more):
         if self.stop_before is not None and self.asked >= self.stop_before:
             raise KeyboardInterrupt
-        answers = self._engine.batch(requests)
-        self.asked += len(requests)
-        return answers
+        ticket = self._engine.submit(request, **more)
+        self.asked += 1
+        return ticket
 
 
 @pytest.fixture(scope="module")
@@ -123,18 +123,18 @@ def test_it_goes_on_where_it_was_stopped(engine, folder):
     source, out = put(folder / "in.jsonl", many(9)), folder / "out.jsonl"
     engine.stop_before = 4
     with pytest.raises(KeyboardInterrupt):
-        run(engine, source, out)
-    assert [row["id"] for row in read(out)] == [0, 1, 2, 3]
+        run(engine, source, out, 1)  # two are asked at a time
+    assert [row["id"] for row in read(out)] == [0, 1, 2]
     with out.open("a") as file:
         file.write('{"row": 5, "text": "cut of')
     engine.stop_before = None
     code, notices = run(engine, source, out)
-    assert (code, notices) == (0, "mcv-run: 5 rows answered, 4 were there\n")
-    assert engine.asked == 9
+    assert (code, notices) == (0, "mcv-run: 6 rows answered, 3 were there\n")
+    assert engine.asked == 4 + 6
     assert [row["id"] for row in read(out)] == list(range(9))
     before = out.read_bytes()
     assert run(engine, source, out) == (0, "mcv-run: 0 rows answered, 9 were there\n")
-    assert (engine.asked, out.read_bytes()) == (9, before)
+    assert (engine.asked, out.read_bytes()) == (10, before)
 
 
 def test_only_what_was_edited_failed_or_is_new_is_asked_again(engine, folder):
@@ -151,11 +151,11 @@ def test_only_what_was_edited_failed_or_is_new_is_asked_again(engine, folder):
     engine.stop_before = 12  # stopped once in the middle of it
     with pytest.raises(KeyboardInterrupt):
         run(engine, source, out, 1)
-    assert [row["id"] for row in read(out)] == [0, 1, 2, 3, 4]
+    assert [row["id"] for row in read(out)] == [0, 1]
     engine.stop_before = None
     code, notices = run(engine, source, out, 1)
-    assert (code, engine.asked) == (0, 14)
-    assert "2 rows answered, 10 were there" in notices
+    assert (code, engine.asked) == (0, 15)
+    assert "3 rows answered, 9 were there" in notices
     found = read(out)
     assert [row["id"] for row in found] == [row["id"] for row in rows]
     assert [row["row"] for row in found] == list(range(1, 13))
@@ -167,9 +167,9 @@ def test_other_options_or_another_model_give_other_answers(engine, folder):
     source, out = put(folder / "in.jsonl", many(2)), folder / "out.jsonl"
     run(engine, source, out)
     for changed in (
-        Defaults(prompt=CAPTION, system=None, options={"max_new_tokens": 1}, model="demo"),
-        Defaults(prompt=CAPTION, system=None, options={"max_new_tokens": 1}, model="another"),
-        Defaults(prompt=CAPTION, system="Be brief.", options={"max_new_tokens": 1}, model="another"),
+        Defaults(prompt=CAPTION, system=None, options=Options(max_new_tokens=1), model="demo"),
+        Defaults(prompt=CAPTION, system=None, options=Options(max_new_tokens=1), model="another"),
+        Defaults(prompt=CAPTION, system="Be brief.", options=Options(max_new_tokens=1), model="another"),
     ):
         asked = engine.asked
         run(engine, source, out, defaults=changed)
@@ -180,7 +180,7 @@ def test_other_options_or_another_model_give_other_answers(engine, folder):
 def test_a_folder_of_pictures(engine, folder):
     (folder / "pictures" / "notes.txt").write_text("no picture")
     (folder / "pictures" / "broken.jpg").write_text("no picture either")
-    defaults = Defaults(prompt=TEXT, system=None, options={}, model="demo")
+    defaults = Defaults(prompt=TEXT, system=None, options=Options(), model="demo")
     assert run(engine, folder / "pictures", folder / "out.jsonl", defaults=defaults)[0] == 1
     found = read(folder / "out.jsonl")
     assert [(row["image"], row.get("text")) for row in found] == [
@@ -191,7 +191,7 @@ def test_a_folder_of_pictures(engine, folder):
 def test_what_makes_no_sense_is_said_before_anything_is_written(engine, folder):
     source = put(folder / "in.jsonl", many(1))
     (folder / "mine.txt").write_text("do not touch\n")
-    nothing = Defaults(prompt="", system=None, options={}, model="demo")
+    nothing = Defaults(prompt="", system=None, options=Options(), model="demo")
     with pytest.raises(OptionError, match="--prompt"):
         run(engine, folder / "pictures", folder / "out.jsonl", defaults=nothing)
     (folder / "empty").mkdir()
@@ -221,12 +221,12 @@ def test_its_rows_are_streamed(engine, folder):
     seen = []
 
     class Watching(CountingEngine):
-        def batch(self, requests):
-            seen.append((len(requests), len(out.read_bytes().splitlines())))
-            return super().batch(requests)
+        def submit(self, request, **more):
+            seen.append(len(out.read_bytes().splitlines()))
+            return super().submit(request, **more)
 
-    run(Watching(engine), source, out, 4)
-    assert seen == [(4, 0), (4, 4), (1, 8)]
+    run(Watching(engine), source, out, 2)
+    assert seen == [0, 0, 0, 0, 1, 2, 3, 4, 5]
 
 
 def test_each_request_of_a_batch_has_its_own_end(demo):
@@ -241,9 +241,9 @@ def test_each_request_of_a_batch_has_its_own_end(demo):
     answers = demo.batch(
         [
             Request(DEMO, CAPTION),
-            Request(DEMO, CAPTION, options={"cancel": before}),
-            Request(DEMO, CAPTION, options={"cancel": during, "progress": cancel}),
-            Request(DEMO, CAPTION, options={"timeout": 1e-9}),
+            Request(DEMO, CAPTION, options=Options(cancel=before)),
+            Request(DEMO, CAPTION, options=Options(cancel=during, progress=cancel)),
+            Request(DEMO, CAPTION, options=Options(timeout=1e-9)),
             Request(DEMO, TEXT),
         ]
     )

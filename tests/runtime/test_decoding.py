@@ -83,14 +83,28 @@ def manifest(cache_shape=("batch", 2, "cache_length", 4)):
     )
 
 
-def test_prefill_in_chunks_then_steps():
-    session = FakeSession()
-    decoder = Decoder(session, manifest())
-    cache = decoder.new_cache(20)
+@pytest.fixture
+def session():
+    return FakeSession()
+
+
+@pytest.fixture
+def decoder(session):
+    return Decoder(lambda name: session, manifest())
+
+
+def test_a_prompt_in_pieces_then_steps(decoder, session):
+    slots = decoder.new_slots()
+    row = decoder.new_row(slots, 20)
     embeds = np.arange(4 * HIDDEN, dtype=np.float32).reshape(4, HIDDEN)
-    logits = decoder.prefill(cache, np.arange(8), embeds, np.array([1, 2, 3, 6]), chunk=3)
+    places = np.array([1, 2, 3, 6])
+    for start, end in ((0, 3), (3, 6), (6, 8)):
+        first, last = np.searchsorted(places, (start, end))
+        wanted = (-1,) if end == 8 else ()
+        logits = decoder.read(slots, row, range(start, end), embeds[first:last], places[first:last] - start, wanted=wanted)
     assert logits.argmax() == 8
-    assert decoder.step(cache, [4]).argmax() == 5
+    assert decoder.step(slots, [row], [4]).argmax() == 5
+    assert decoder.read(slots, row, [1, 2, 3], wanted=(0, 1, 2)).argmax(-1).tolist() == [2, 3, 4]
 
     given = [
         (
@@ -108,23 +122,30 @@ def test_prefill_in_chunks_then_steps():
         ([[3, 4, 5]], [0], [6], [], [5], 6),
         ([[6, 7]], [0], [9], [1], [7], 8),
         ([[4]], [], [], [0], [8], 9),
+        ([[1, 2, 3]], [], [], [0, 1, 2], [11], 12),
     ]
     for name, spec in manifest().graphs["decoder_with_past"].inputs.items():
         if name != "past.0":
             assert all(call[name].dtype == spec.dtype and call[name].ndim == len(spec.shape) for call in session.calls)
 
 
-def test_past_and_present_are_one_buffer_of_the_needed_size():
-    session = FakeSession()
-    Decoder(session, manifest()).new_cache(20)
+def test_rows_side_by_side_are_one_run(decoder, session):
+    slots = decoder.new_slots()
+    rows = [decoder.new_row(slots, 20) for _ in range(3)]
+    for number, row in enumerate(rows):
+        decoder.read(slots, row, range(number + 1))
+    slots.drop(rows[1])
+    (group,) = slots.ranges([rows[2], rows[0]])
+    assert decoder.step(slots, group, [group.index(row) + 1 for row in group]).argmax(-1).tolist() == [2, 3]
+    assert session.calls[-1]["seqlens_k"].tolist() == [row.length - 1 for row in group]
     assert session.binding.shared["past.0"] is session.binding.shared["present.0"]
-    assert session.binding.shared["past.0"].shape() == [1, 2, 64, 4]
-    assert Decoder(session, manifest()).new_cache(99).capacity == 100  # the context's length
+    assert session.binding.shared["past.0"].shape() == [2, 2, 100, 4]  # no longer than the context
 
 
-def test_cache_is_never_overrun():
-    decoder = Decoder(FakeSession(), manifest())
-    cache = decoder.new_cache(64)
-    decoder.prefill(cache, np.zeros(64, np.int64), np.empty((0, HIDDEN), np.float32), np.empty(0, np.int64))
-    with pytest.raises(OptionError, match="65"):
-        decoder.step(cache, [1])
+def test_a_row_is_never_overrun(decoder):
+    slots = decoder.new_slots()
+    row = decoder.new_row(slots, 100)
+    decoder.read(slots, row, [0] * 100)
+    with pytest.raises(OptionError, match="101"):
+        decoder.step(slots, [row], [1])
+    assert row.length == 100

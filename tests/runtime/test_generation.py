@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mcv_runtime import OptionError, Request, load
+from mcv_runtime import OptionError, Options, Request, load
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
 DEMO = TINY / "demo.png"
@@ -156,7 +156,7 @@ def test_a_cancelled_batch_and_stream(engine):
             break
     assert answer.stop_reason == "cancelled"
     assert answer.text == first + "".join(rest)
-    requests = [Request(DEMO, question, options={"cancel": cancel}) for question in QUESTIONS]
+    requests = [Request(DEMO, question, options=Options(cancel=cancel)) for question in QUESTIONS]
     assert [answer.stop_reason for answer in engine.batch(requests)] == ["cancelled"] * 4
     abandoned = engine.stream(DEMO, "Describe the picture.")
     next(abandoned)
@@ -189,4 +189,4 @@ def test_options_that_make_no_sense(engine, options, line):
     with pytest.raises(OptionError, match=line):
         engine.ask(DEMO, "x", **options)
     with pytest.raises(OptionError, match=line):
-        engine.batch([Request(DEMO, "x", options=options)])
+        engine.batch([Request(DEMO, "x", options=Options.of(None, options))])

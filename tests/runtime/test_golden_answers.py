@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mcv_runtime import BundleCorruptError, OptionError, PromptError
+from mcv_runtime import BundleCorruptError, OptionError, Options, PromptError
 from mcv_runtime.pictures.picture import slice_picture
 from mcv_runtime.request.preparation import shown
 
@@ -15,9 +15,9 @@ LOGITS_TOLERANCE = 2e-3  # on logits with a standard deviation of about 12
 
 def prepared(case, engine):
     """The case's prompt and its visual tokens [visual, hidden]."""
-    sliced = engine._preparer.sliced(case.request(), case.options)
+    sliced = engine._preparer.sliced(case.request(), Options(**case.options))
     pictures = engine._vision.encode(shown(sliced))
-    return engine._preparer.prompt(sliced, case.options), engine._answerer._embeds(pictures)
+    return engine._preparer.prompt(sliced, Options(**case.options)), engine._scheduler.decoder.visual_tokens(pictures)
 
 
 def test_prompt(golden_case, golden_engine):
@@ -39,14 +39,13 @@ def test_greedy_tokens(golden_case, golden_engine):
             assert answer.text == golden_case.expected[key]["text"], key
 
 
-def test_prefill_logits(golden_case, golden_engine):
+def test_prefill_logits(golden_case, golden_engine, read_prompt):
     """In one piece and in small chunks."""
     prompt, embeds = prepared(golden_case, golden_engine)
-    decoder = golden_engine._decoder
     for chunk in (4096, 100):
-        logits = decoder.prefill(decoder.new_cache(len(prompt.ids)), prompt.ids, embeds, prompt.visual_positions, chunk)
+        logits = read_prompt(golden_engine, prompt, embeds, chunk)[-1]
         expected = golden_case.array("prefill_last_logits")
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=LOGITS_TOLERANCE)
+        np.testing.assert_allclose(logits[0], expected, rtol=0, atol=LOGITS_TOLERANCE)
 
 
 def test_visual_tokens(golden_case, golden_engine):

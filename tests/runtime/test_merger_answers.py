@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mcv_runtime import Clip, OptionError, Video
+from mcv_runtime import Clip, OptionError, Options, Video
+from mcv_runtime.decoding.slots import prompt_keys
 from mcv_runtime.request.preparation import shown
 
 PATCH = 14
@@ -14,8 +15,8 @@ PATCH = 14
 
 def prepared(case, engine):
     """The request cut into slices, and its prompt."""
-    sliced = engine._preparer.sliced(case.request(), case.options)
-    return sliced, engine._preparer.prompt(sliced, case.options)
+    sliced = engine._preparer.sliced(case.request(), Options(**case.options))
+    return sliced, engine._preparer.prompt(sliced, Options(**case.options))
 
 
 def encoded(sliced, engine):
@@ -65,39 +66,36 @@ def test_visual_tokens(merger_case, engine_of):
     np.testing.assert_allclose(tokens[merger_case.array("merger_idx")], wanted, rtol=0, atol=1e-4)
 
 
-def test_logits_and_greedy_tokens(merger_case, engine_of):
+def test_logits_and_greedy_tokens(merger_case, engine_of, read_prompt):
     """The prompt in one piece and in small chunks, then 24 tokens."""
     engine = engine_of(merger_case.family)
     sliced, prompt = prepared(merger_case, engine)
-    embeds, decoder = encoded(sliced, engine), engine._decoder
+    embeds, decoder = encoded(sliced, engine), engine._scheduler.decoder
     for chunk in (1 << 20, 100):
-        cache = decoder.new_cache(len(prompt.ids) + 24)
-        args = prompt.ids, embeds, prompt.visual_positions
-        logits = decoder.prefill(cache, *args, chunk, positions=prompt.positions)
+        slots, row, (logits,) = read_prompt(engine, prompt, embeds, chunk, more=24)
         wanted = merger_case.array("logits_last")
         np.testing.assert_allclose(logits[: len(wanted)], wanted, rtol=0, atol=merger_case.tolerance)
         tokens = [int(logits.argmax())]
         while len(tokens) < len(merger_case.expected["greedy"]):
-            tokens.append(int(decoder.step(cache, tokens[-1:]).argmax()))
+            tokens.append(int(decoder.step(slots, [row], tokens[-1:]).argmax()))
         assert tokens == merger_case.expected["greedy"]
 
 
-def test_cache_after_the_prompt(merger_case, engine_of):
+def test_cache_after_the_prompt(merger_case, engine_of, read_prompt):
     """Keys, values, convolution inputs and memories, for the cases that list them."""
     if not merger_case.has("cache_rec0"):
         pytest.skip("a case without its cache")
     engine = engine_of(merger_case.family)
     sliced, prompt = prepared(merger_case, engine)
-    cache = engine._decoder.new_cache(len(prompt.ids))
-    engine._decoder.prefill(cache, prompt.ids, encoded(sliced, engine), prompt.visual_positions, positions=prompt.positions)
-    length = len(prompt.ids)
+    slots, row, _ = read_prompt(engine, prompt, encoded(sliced, engine))
+    cache = dict(slots.export(row))
     for layer in range(3):
-        state = cache.tensor(f"past_conv.{layer}")[0]
+        state = cache[f"past_conv.{layer}"]
         np.testing.assert_allclose(state.T, merger_case.array(f"cache_conv{layer}")[:, -3:], rtol=0, atol=2e-3)
-        state = cache.tensor(f"past_recurrent.{layer}")[0]
+        state = cache[f"past_recurrent.{layer}"]
         np.testing.assert_allclose(state, merger_case.array(f"cache_rec{layer}"), rtol=0, atol=2e-3)
     for name, key in (("key", "cache_k3"), ("value", "cache_v3")):
-        state = cache.tensor(f"past_key_values.3.{name}")[0, :, :length]
+        state = cache[f"past_key_values.3.{name}"]
         np.testing.assert_allclose(state, merger_case.array(key), rtol=0, atol=2e-3)
 
 
@@ -106,25 +104,24 @@ def test_conversation(conversation, engine_of):
     engine, expected = engine_of(conversation.family), conversation.expected
     base = type(conversation)(conversation.family, expected["base_case"], _case(conversation, expected["base_case"]))
     sliced, prompt = prepared(base, engine)
-    embeds, decoder, places = encoded(sliced, engine), engine._decoder, prompt.visual_positions
+    embeds, decoder, places = encoded(sliced, engine), engine._scheduler.decoder, prompt.visual_positions
+    keys, slots = prompt_keys(prompt), decoder.new_slots()
     more = np.array(expected["raw_continuation"]["appended_ids"])
-    cache = decoder.new_cache(len(prompt.ids) + len(more) + 24)
+    row = decoder.new_row(slots, len(prompt.ids) + len(more) + 24)
     start = 0
     for index, size in enumerate(expected["chunk_sizes"]):
         end = start + size
         first, last = np.searchsorted(places, (start, end))
-        positions = None if prompt.positions is None else prompt.positions[:, start:end]
-        logits = decoder.prefill(
-            cache, prompt.ids[start:end], embeds[first:last], places[first:last] - start, positions=positions
-        )
+        part = prompt.ids[start:end], embeds[first:last], places[first:last] - start
+        (logits,) = decoder.read(slots, row, *part, keys=keys[:, start:end])
         np.testing.assert_allclose(logits, conversation.array("chunk_end_logits")[index], rtol=0, atol=base.tolerance)
         start = end
     assert start == len(prompt.ids)
-    logits = decoder.prefill(cache, more, embeds[:0], places[:0])
+    (logits,) = decoder.read(slots, row, more)
     np.testing.assert_allclose(logits, conversation.array("raw_cont_logits_first"), rtol=0, atol=base.tolerance)
     tokens = [int(logits.argmax())]
     while len(tokens) < len(expected["raw_continuation"]["greedy"]):
-        tokens.append(int(decoder.step(cache, tokens[-1:]).argmax()))
+        tokens.append(int(decoder.step(slots, [row], tokens[-1:]).argmax()))
     assert tokens == expected["raw_continuation"]["greedy"]
 
 

@@ -1,12 +1,14 @@
 """Options of another type than theirs, as a file or a form may bring them."""
 
+import dataclasses
 import threading
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 
-from mcv_runtime import OptionError, Options
-from mcv_runtime.request.option_types import check_types
+from mcv_runtime import OptionError, Options, PictureOptions
+from mcv_runtime.request.options import Keywords, PictureKeywords
 
 
 @pytest.mark.parametrize(
@@ -20,7 +22,7 @@ from mcv_runtime.request.option_types import check_types
     ],
 )
 def test_what_fits(options):
-    check_types(options, Options)
+    Options.of(None, options)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +31,6 @@ def test_what_fits(options):
         ({"max_new_tokens": "5"}, "max_new_tokens must be a whole number, not '5'"),
         ({"max_new_tokens": True}, "max_new_tokens must be a whole number, not True"),
         ({"max_new_tokens": 5.0}, "max_new_tokens must be a whole number, not 5.0"),
-        ({"max_new_tokens": None}, "max_new_tokens must be a whole number, not None"),
         ({"temperature": False}, "temperature must be a number, not False"),
         ({"logprobs": 1}, "logprobs must be True or False, not 1"),
         ({"stop": b"x"}, "stop must be a text or a list of texts, not b'x'"),
@@ -39,13 +40,15 @@ def test_what_fits(options):
         ({"small_image_upsize": "sometimes"}, "small_image_upsize must be 'always' or 'never' or 'adaptive', not 'sometimes'"),
         ({"cancel": True}, "cancel must be a threading.Event, not True"),
         ({"regex": "x" * 99, "json_schema": ["x" * 99]}, f"json_schema must be a text or a mapping, not ['{'x' * 55}..."),
-        ({"tempurature": 1}, "there is no option 'tempurature'"),
-        ({5: 1}, "there is no option 5"),
+        ({"tempurature": 1}, "there is no option 'tempurature' here; did you mean temperature?"),
+        ({"max_tokens": 1}, "there is no option 'max_tokens' here; did you mean max_new_tokens?"),
+        ({"nonsense": 1}, "there is no option 'nonsense' here"),
+        ({5: 1}, "there is no option 5 here"),
     ],
 )
 def test_what_does_not(options, line):
     with pytest.raises(OptionError) as caught:
-        check_types(options, Options)
+        Options.of(None, options)
     assert str(caught.value) == line
 
 
@@ -53,6 +56,23 @@ def test_every_option_has_a_name_for_its_type():
     class Nothing:
         pass
 
-    for name in Options.__annotations__:
-        with pytest.raises(OptionError, match=f"^{name} must be "):
-            check_types({name: Nothing()}, Options)
+    for field in dataclasses.fields(Options):
+        with pytest.raises(OptionError, match=f"^{field.name} must be "):
+            Options(**{field.name: Nothing()})
+
+
+def test_options_are_the_same_as_keywords():
+    """Editors and type checkers take the names and types of keywords from a `TypedDict`."""
+    for options, keywords in ((PictureOptions, PictureKeywords), (Options, Keywords)):
+        fields = {field.name for field in dataclasses.fields(options)}
+        hints = get_type_hints(options)
+        assert get_type_hints(keywords) == {name: hints[name] for name in fields}
+
+
+def test_changes_and_what_was_given():
+    options = Options(temperature=0.5, stop=["x"])
+    assert Options.of(options, {"temperature": 1.0}) == Options(temperature=1.0, stop=["x"])
+    assert options.given() == {"temperature": 0.5, "stop": ["x"]}
+    assert PictureOptions.of(None, {"max_slice_nums": 2}).given() == {"max_slice_nums": 2}
+    with pytest.raises(OptionError, match="there is no option 'temperature' here"):
+        PictureOptions.of(options, {})

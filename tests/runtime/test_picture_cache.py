@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mcv_runtime import Bundle, OutputError, RunError, load
+from mcv_runtime import Bundle, Options, OutputError, Request, RunError, load
 from mcv_runtime.pictures.picture import slice_picture
 from mcv_runtime.sessions.graphs import cpu_session
 from mcv_runtime.vision.encoder import VisionEncoder
@@ -29,6 +29,7 @@ class Counted:
         self.runs, self.failures = [], 0
         self.gate = threading.Event()
         self.gate.set()
+        self.started = threading.Event()
 
     def __call__(self, path, options):
         session, name, mine = cpu_session(path, options), path.name, self
@@ -36,6 +37,7 @@ class Counted:
         class Session:
             def run(self, outputs, feed):
                 mine.runs.append(name)
+                mine.started.set()
                 assert mine.gate.wait(60)
                 if mine.failures:
                     mine.failures -= 1
@@ -76,18 +78,24 @@ def test_a_cached_picture_runs_no_graph(golden_bundle):
 def test_the_least_recently_used_goes_first():
     cache = PictureCache(3 * embeds(0).nbytes)
     for number in range(3):
-        assert cache.claim(str(number)) is None
+        assert cache.get(str(number), 8) is None
         cache.put(str(number), embeds(number))
-    cache.claim("0")
-    assert cache.claim("3") is None
+    cache.get("0", 8)
     cache.put("3", embeds(3))
-    assert cache.claim("1") is None
-    cache.release("1")
-    assert [cache.claim(key)[0, 0] for key in "023"] == [0, 2, 3]
+    assert cache.get("1", 8) is None
+    assert [cache.get(key, 8)[0, 0] for key in "023"] == [0, 2, 3]
     assert cache.nbytes == 3 * embeds(0).nbytes
-    assert cache.claim("4") is None
     cache.put("4", embeds(4, rows=99))  # larger than the cache
     assert cache.nbytes == 3 * embeds(0).nbytes
+
+
+def test_what_somebody_holds_is_known_though_nothing_is_kept():
+    cache, held = PictureCache(0), embeds(1)
+    cache.put("1", held)
+    assert cache.get("1", 8) is held
+    del held
+    assert cache.get("1", 8) is None
+    assert cache.nbytes == 0
 
 
 def test_fingerprints(engine_of):
@@ -208,42 +216,23 @@ def test_threads_that_want_the_same_picture_encode_it_once(golden_bundle):
     factory.gate.clear()
     with ThreadPoolExecutor(4) as pool:
         orders = [(1, 2), (2, 1), (1, 2), (2,)]
-        asked = [pool.submit(engine._vision.encode, [slice_picture(noise(n), engine.bundle.manifest.image) for n in order])
-                 for order in orders]  # fmt: skip
-        threading.Timer(0.3, factory.gate.set).start()
-        encoded = [future.result(60) for future in asked]
+        asked = [pool.submit(engine.ask, [noise(n) for n in order], "What?", max_new_tokens=1) for order in orders]
+        assert factory.started.wait(60)
+        factory.gate.set()
+        encoded = [future.result(60).pictures for future in asked]
     assert len(factory.runs) == 4  # tower and resampler, two pictures
-    pictures = {1: encoded[0][0], 2: encoded[0][1]}
-    for order, found in zip(orders, encoded, strict=True):
-        for number, picture in zip(order, found, strict=True):
-            assert picture.embeds is pictures[number].embeds
+    pictures = {picture.fingerprint for order in encoded for picture in order}
+    assert len(pictures) == 2
 
 
-def waiting(cache, key):
-    """Wait until somebody has claimed the key."""
-    for _ in range(600):
-        if key in cache._claimed:
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError
-
-
-def test_a_thread_that_gives_up_leaves_the_picture_to_those_who_wait(golden_bundle):
+def test_a_request_that_fails_leaves_the_picture_to_those_who_wait(golden_bundle):
     factory = Counted()
     engine = load(golden_bundle, threads=1, session_factory=factory)
-    sliced = slice_picture(noise(1), engine.bundle.manifest.image)
-    key = engine._vision._key(sliced, 0)
-    factory.gate.clear()
     factory.failures = 1
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(engine._vision.encode, [sliced])
-        waiting(engine._vision.cache, key)
-        second = pool.submit(engine._vision.encode, [sliced])
-        factory.gate.set()
-        with pytest.raises(RunError, match="vision_encoder: some operator failed"):
-            first.result(60)
-        assert len(second.result(60)[0].embeds) == 64
-    assert not engine._vision.cache._claimed
+    first, second = (engine.submit(Request(noise(1), "What?", options=Options(max_new_tokens=2))) for _ in range(2))
+    with pytest.raises(RunError, match="vision_encoder: some operator failed"):
+        first.result()
+    assert len(second.result().pictures[0].embeds) == 64
 
 
 def test_progress_is_told_and_ends_the_request(golden_bundle):
@@ -268,31 +257,13 @@ def test_progress_is_told_and_ends_the_request(golden_bundle):
     fresh = [slice_picture(noise(9, (900, 900)), engine.bundle.manifest.image)]
     with pytest.raises(Enough):
         engine._vision.encode(fresh, progress=stop)
-    assert not engine._vision.cache._claimed
     assert len(engine._vision.encode(fresh)[0].embeds) == 64 * len(fresh[0].slices)
-
-
-def test_who_waits_for_another_thread_may_stop_too(golden_bundle):
-    factory = Counted()
-    engine = load(golden_bundle, threads=1, session_factory=factory)
-    sliced = slice_picture(noise(1), engine.bundle.manifest.image)
-
-    def stop(stage, done, total):
-        raise KeyError(stage)
-
-    factory.gate.clear()
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(engine._vision.encode, [sliced])
-        waiting(engine._vision.cache, engine._vision._key(sliced, 0))
-        with pytest.raises(KeyError):
-            engine._vision.encode([sliced], progress=stop)
-        factory.gate.set()
-        assert len(first.result(60)[0].embeds) == 64
 
 
 def test_an_encoder_without_a_cache_keeps_nothing(golden_engine):
     encoder = VisionEncoder(golden_engine._vision._tower._sessions, golden_engine.bundle.manifest)
     sliced = slice_picture(noise(1), golden_engine.bundle.manifest.image)
-    one, other = encoder.encode([sliced])[0], encoder.encode([sliced])[0]
-    assert one.embeds is not other.embeds
-    np.testing.assert_allclose(one.embeds, other.embeds, rtol=0, atol=1e-5)
+    report = []
+    for _ in range(2):
+        encoder.encode([sliced], progress=lambda *event: report.append(event))
+    assert report.count(("slices", 1, 1)) == 2

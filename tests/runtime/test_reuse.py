@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from mcv_runtime import OptionError, OutputError, Request, load
+from mcv_runtime import OptionError, Options, OutputError, Request, load
 from mcv_runtime.errors import ChatFileError
 
 FAMILIES = ["minicpmv2_6", "minicpmv4_5", "minicpmv4_6", "minicpmv4_7"]
@@ -26,7 +26,7 @@ def engine(family, bundle_of):
 @pytest.fixture(scope="module")
 def forgetful(family, bundle_of):
     """An engine that reads every prompt from its beginning."""
-    return load(bundle_of(family), threads=2, reuse_mb=0)
+    return load(bundle_of(family), threads=2, reuse=False)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,7 @@ def test_a_common_beginning_is_read_once(engine, forgetful, drawn):
 
 
 def test_forgetting(engine, drawn):
-    chat = engine.chat(**SHORT)
-    chat.ask(drawn, "What is this?")
+    engine.forget()
     engine.ask(drawn, "What is this?", **SHORT)
     slices = []
     again = engine.ask(drawn, "What is this?", progress=slices.append, **SHORT)
@@ -54,8 +53,14 @@ def test_forgetting(engine, drawn):
     anew = engine.ask(drawn, "What is this?", progress=slices.append, **SHORT)
     assert (anew.tokens, anew.reused_tokens) == (again.tokens, 0)
     assert any(event.stage == "slices" for event in slices)
+    chat = engine.chat(**SHORT)
+    chat.ask(drawn, "What is this?")
     engine.forget()
-    assert chat.ask(None, "And why?").reused_tokens >= 60  # a conversation keeps its own
+    assert chat.ask(None, "And why?").reused_tokens >= 60  # a conversation keeps its own, and offers it to others
+    assert engine.ask(drawn, "What is this?", **SHORT).reused_tokens >= 60
+    del chat
+    engine.forget()
+    assert engine.memory().kept == 0
 
 
 def test_another_picture_is_no_common_beginning(engine, forgetful, golden_root):
@@ -91,8 +96,8 @@ def test_a_fork_and_a_saved_conversation_go_on_alike(engine, drawn, tmp_path):
     there = chat.ask(None, "Really?")
     assert fork.ask(None, "Are you sure about that?").reused_tokens == there.reused_tokens
     again = loaded.ask(None, "Really?")
-    assert (again.tokens, again.reused_tokens) == (there.tokens, there.reused_tokens)
-    assert again.reused_tokens > 60
+    assert again.tokens == there.tokens
+    assert again.reused_tokens >= there.reused_tokens > 60
     assert list(tmp_path.iterdir()) == [tmp_path / "chat.mcv"]
 
 
@@ -100,10 +105,10 @@ def test_a_batch_answers_as_one_by_one(engine, forgetful, drawn):
     """Prompts and answers of different lengths, with and without pictures."""
     questions = ["Why?", "Describe the picture, please, in every detail that you can see.", "What is this?", "Who?"]
     requests = [
-        Request(drawn if number % 3 else None, question * (1 + number % 2), options={"max_new_tokens": 4 + 5 * number})
+        Request(drawn if number % 3 else None, question * (1 + number % 2), options=Options(max_new_tokens=4 + 5 * number))
         for number, question in enumerate(questions * 2)
     ]
-    alone = [forgetful.ask(one.images, one.prompt, **one.options) for one in requests]
+    alone = [forgetful.ask(one.images, one.prompt, options=one.options) for one in requests]
     together = engine.batch(requests)
     assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
     assert [answer.stop_reason for answer in together] == [answer.stop_reason for answer in alone]
@@ -149,11 +154,12 @@ def test_small_chunks_change_nothing(engine, forgetful, drawn):
 
 
 def test_memory_of_earlier_requests_is_bounded(bundle_of, family):
-    limited = load(bundle_of(family), threads=2, reuse_mb=1)
+    limited = load(bundle_of(family), threads=2, memory_mb=12)
     for number in range(12):
         limited.ask(None, f"{number} " * 200, max_new_tokens=2)
-    prefixes = limited._answerer._prefixes
-    assert sum(memory.nbytes for memory in prefixes._memories) <= 1_000_000
+        use = limited.memory()
+        assert 0 < use.kept <= 3_000_000
+        assert use.running == 0
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "magic", "bundle", "missing"])

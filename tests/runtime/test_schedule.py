@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from mcv_runtime import OptionError, ResourceError
+from mcv_runtime import OptionError, ResourceError, RunError
 from mcv_runtime.bundle.manifest import Manifest
 from mcv_runtime.pictures.picture import pack, slice_picture
 from mcv_runtime.vision.encoder import VisionEncoder
@@ -86,6 +86,39 @@ def test_too_little_memory_means_smaller_batches(manifest, error):
     assert tower.tried == [2, 2]  # what failed is not tried again
 
 
+def test_numbers_that_are_none_are_no_picture(manifest):
+    class Damaged(FakeTower):
+        def run(self, outputs, feed):
+            return [np.full_like(value, np.nan) for value in super().run(outputs, feed)]
+
+    with pytest.raises(RunError, match="the tower gave numbers that are none"):
+        VisionEncoder(Damaged(manifest), manifest).encode(shades(manifest, 1))
+
+
+def test_whoever_waits_may_ask_for_small_batches(manifest):
+    """Between batches others get their turn; a picture that is made by one encoding is waited for by another."""
+    tower, asked = FakeTower(manifest), []
+    encoder = VisionEncoder(tower, manifest, batch_slices=8)
+    first = encoder.encoding(shades(manifest, 4), at_once=lambda: asked.append(1) or 2)
+    second = encoder.encoding(shades(manifest, 4)[2:])
+    assert (next(first), next(second), next(first), len(asked)) == (2, 0, 2, 2)
+    for encoding, shown in ((second, (14, 16)), (first, (10, 12, 14, 16))):
+        with pytest.raises(StopIteration) as end:
+            next(encoding)
+        assert means(end.value.value) == [[shade] for shade in shown]
+    assert tower.batches == [(2, PATCHES)] * 2
+
+
+def test_one_that_gives_up_leaves_the_picture_to_those_who_wait(manifest):
+    encoder = VisionEncoder(FakeTower(manifest), manifest, batch_slices=1)
+    first, second = (encoder.encoding(shades(manifest, 2)) for _ in range(2))
+    assert (next(first), next(second)) == (1, 0)
+    first.close()
+    assert next(second) == 1
+    with pytest.raises(StopIteration):
+        next(second)
+
+
 def test_no_memory_for_one_slice_is_one_line(manifest):
     tower = FakeTower(manifest, limit=0)
     encoder = VisionEncoder(tower, manifest, batch_slices=4)
@@ -98,12 +131,12 @@ def test_no_memory_for_one_slice_is_one_line(manifest):
 
 
 def test_the_budget_bounds_the_batch(manifest):
-    each = slice_bytes(manifest.graphs["vision_encoder"], PATCHES) / 1e6
+    each = slice_bytes(manifest.graphs["vision_encoder"], PATCHES)
     tower = FakeTower(manifest)
-    VisionEncoder(tower, manifest, batch_slices=8, memory_mb=2.5 * each).encode(shades(manifest, 6))
+    VisionEncoder(tower, manifest, batch_slices=8, memory_bytes=int(2.5 * each)).encode(shades(manifest, 6))
     assert max(count for count, _ in tower.batches) == 2
     tower = FakeTower(manifest)
-    VisionEncoder(tower, manifest, batch_slices=8, memory_mb=0.1 * each).encode(shades(manifest, 3))
+    VisionEncoder(tower, manifest, batch_slices=8, memory_bytes=int(0.1 * each)).encode(shades(manifest, 3))
     assert tower.batches == [(1, PATCHES)] * 3
 
 
@@ -192,5 +225,3 @@ def test_frames_of_a_pack_share_runs(engine_of):
 def test_options(manifest):
     with pytest.raises(OptionError, match="batch_slices"):
         VisionEncoder(FakeTower(manifest), manifest, batch_slices=0)
-    with pytest.raises(OptionError, match="vision_memory_mb"):
-        VisionEncoder(FakeTower(manifest), manifest, memory_mb=0)

@@ -1,6 +1,5 @@
 """How sessions are opened, shared, taken in turns and closed, and what their failures become."""
 
-import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,8 +8,7 @@ import onnxruntime as ort
 import pytest
 from PIL import Image
 
-from mcv_runtime import McvError, OptionError, ResourceError, RunError, load
-from mcv_runtime.sessions.alternating import SessionTurns
+from mcv_runtime import McvError, OptionError, Options, Request, ResourceError, RunError, load
 from mcv_runtime.sessions.graphs import GuardedSession, cpu_session, session_options
 from mcv_runtime.sessions.providers import provider_session
 
@@ -73,27 +71,13 @@ def test_threads_share_a_low_memory_engine(small, engine_of, watched):
     assert found == [usual.ask(noise(n), "What?", max_new_tokens=5).tokens for n in range(4)]
 
 
-def test_who_waits_for_the_other_side_gets_it(small):
-    """Though somebody uses the open one again and again."""
-    turns = SessionTurns(load(small).bundle, session_options(1), lambda path, options: object())
-    stop, runs = threading.Event(), []
-
-    def decode():
-        while not stop.is_set():
-            with turns.borrowed("decoder_with_past"):
-                runs.append(1)
-
-    with ThreadPoolExecutor(3) as pool:
-        for _ in range(2):
-            pool.submit(decode)
-        try:
-            for _ in range(20):
-                with turns.held("vision_encoder"), turns.borrowed("vision_encoder"), turns.borrowed("merger"):
-                    assert sorted(turns._opened) == ["merger", "vision_encoder"]
-        finally:
-            stop.set()
-    assert not turns._users
-    assert not turns._queue
+def test_requests_for_the_other_side_wait_their_turn(small, engine_of, watched):
+    """Pictures of all that have begun are encoded before anything is decoded: sides change once, not with every request."""
+    engine = load(small, threads=1, low_memory=True, session_factory=watched)
+    requests = [Request(noise(n) if n % 2 else None, "What?", options=Options(max_new_tokens=4)) for n in range(6)]
+    found = [answer.tokens for answer in engine.batch(requests)]
+    assert found == [engine_of("minicpmv4_6").ask(one.images, "What?", max_new_tokens=4).tokens for one in requests]
+    assert watched.opened == ["vision_encoder", "merger", "decoder_with_past"]
 
 
 def test_a_graph_that_fails_to_open_leaves_the_others_usable(small, engine_of):
@@ -194,6 +178,11 @@ def test_a_provider_gets_the_graphs_with_the_cpu_behind_it(monkeypatch, golden_b
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["OpenVINOExecutionProvider", "CPUExecutionProvider"])
     assert load(golden_bundle, provider="openvino").ask(None, "Hello", max_new_tokens=2).tokens
     assert asked == [["OpenVINOExecutionProvider", "CPUExecutionProvider"]] * 3
+
+
+def test_threads_and_options_exclude_each_other(golden_bundle):
+    with pytest.raises(OptionError, match="threads and session_options exclude each other"):
+        load(golden_bundle, threads=1, session_options=session_options(2))
 
 
 def test_idle_threads_sleep():

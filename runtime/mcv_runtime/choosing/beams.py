@@ -6,9 +6,9 @@ The rules are those of the reference's generation (transformers 4.51, unchanged 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,10 @@ class Hypothesis:
 
     tokens: tuple[int, ...]
     score: float
+    logprobs: tuple[float, ...]
+    """Of each token under the model, before any penalty."""
+    done: bool
+    """Whether it ends by itself, by a stop token or a constraint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +42,25 @@ class _Beam:
     """A beginning of an answer; `row` is its parent among the rows of the last step."""
 
     tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
     total: float
     row: int
     constraint: Constraint | None
     done: bool
 
+    def hypothesis(self, length_penalty: float) -> Hypothesis:
+        return Hypothesis(self.tokens, self.total / len(self.tokens) ** length_penalty, self.logprobs, self.done)
+
+
+class NextStep(NamedTuple):
+    """What a search wants read: row i is row `parents[i]` of the step before (at first, the prompt) and `tokens[i]`."""
+
+    parents: list[int]
+    tokens: list[int]
+
 
 def beam_search(
     first_logits_V: NDArray[np.float32],
-    step: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]],
     *,
     num_beams: int,
     stop: frozenset[int],
@@ -56,16 +70,14 @@ def beam_search(
     repetition_penalty: float = 1.0,
     num_return_sequences: int = 1,
     constraint: Constraint | None = None,
-    check: Callable[[], None] = lambda: None,
-) -> list[Hypothesis]:
+) -> Generator[NextStep, NDArray[np.float32] | None, list[Hypothesis]]:
     """The best answers of up to `limit` tokens, best first.
 
-    `step(parents, tokens)`, both [num_beams], makes row i what row `parents[i]` was (of the step before; at first all rows are
-    the prompt) and adds `tokens[i]` to it; it gives the logits [num_beams, vocab] of what follows. It is always asked for all
-    rows: where fewer beams are left, the last ones are copies that nobody reads.
+    Yields what shall be read and is sent the logits [rows, vocab] of what follows, or None where there is no more time: then
+    unfinished answers count too, as far as they are.
     `early_stopping`: True ends with the first `num_beams` finished answers, False when the best beam, as long as it is now,
     is worse than all of them, "never" when it is worse whatever may follow. One beam with True is greedy decoding.
-    `constraint` rules tokens out without changing the scores of the others. What `check` raises before a step ends the search.
+    `constraint` rules tokens out without changing the scores of the others.
     """
     if num_beams < 1:
         raise OptionError(f"num_beams must be at least 1, not {num_beams}")
@@ -74,16 +86,17 @@ def beam_search(
     if not 1 <= num_return_sequences <= num_beams:
         raise OptionError(f"num_return_sequences must be from 1 to num_beams={num_beams}, not {num_return_sequences}")
     width = max(2, 1 + len(stop)) * num_beams  # so that enough unfinished ones are among them
-    running = [_Beam((), 0.0, 0, constraint, False)]
+    running = [_Beam((), (), 0.0, 0, constraint, False)]
     finished: list[Hypothesis] = []
-    logits_BV = first_logits_V[None]
+    logits_BV: NDArray[np.float32] | None = first_logits_V[None]
     for length in range(1, limit + 1):
+        assert logits_BV is not None
         found = _continuations(running, logits_BV, width, repetition_penalty)
         for rank, beam in enumerate(found):
             found[rank] = beam = _advanced(beam, stop)
             # the others are only there to go on from
             if rank < num_beams and (beam.done or length == limit):
-                finished.append(Hypothesis(beam.tokens, beam.total / length**length_penalty))
+                finished.append(beam.hypothesis(length_penalty))
         finished = sorted(finished, key=lambda one: -one.score)[:num_beams]  # stable: of equal ones the earlier stays
         running = [beam for beam in found if not beam.done][:num_beams]
         if length == limit or not running:
@@ -92,10 +105,11 @@ def beam_search(
             hypothetical = limit if early_stopping == "never" and length_penalty > 0 else length
             if early_stopping is True or running[0].total / hypothetical**length_penalty <= finished[-1].score:
                 break
-        check()
-        rows = running + [running[0]] * (num_beams - len(running))
-        parents, tokens = [beam.row for beam in rows], [beam.tokens[-1] for beam in rows]
-        logits_BV = step(np.array(parents, np.int64), np.array(tokens, np.int64))
+        logits_BV = yield NextStep([beam.row for beam in running], [beam.tokens[-1] for beam in running])
+        if logits_BV is None:
+            finished += [beam.hypothesis(length_penalty) for beam in running]
+            finished.sort(key=lambda one: -one.score)
+            break
     return finished[:num_return_sequences]
 
 
@@ -104,13 +118,21 @@ def _continuations(
 ) -> list[_Beam]:
     """The `width` best beams that are one token longer, best first; their constraints have not seen that token yet."""
     best: list[tuple[float, int, int]] = []
+    logprobs_BV = [_log_softmax(logits_V) for logits_V in logits_BV[: len(running)]]
     for row, beam in enumerate(running):
-        scores_V = penalised(_log_softmax(logits_BV[row]), beam.tokens, repetition_penalty)
+        scores_V = penalised(logprobs_BV[row], beam.tokens, repetition_penalty)
         if beam.constraint is not None:
             scores_V = beam.constraint.mask(scores_V)
         best += [(-beam.total - float(scores_V[token]), row, int(token)) for token in likeliest(scores_V, width)]
     return [
-        _Beam((*running[row].tokens, token), -negated, row, running[row].constraint, False)
+        _Beam(
+            (*running[row].tokens, token),
+            (*running[row].logprobs, float(logprobs_BV[row][token])),
+            -negated,
+            row,
+            running[row].constraint,
+            False,
+        )
         for negated, row, token in sorted(best)[:width]
     ]
 
@@ -122,7 +144,7 @@ def _advanced(beam: _Beam, stop: frozenset[int]) -> _Beam:
         constraint = constraint.fork()
         constraint.advance(token)
     done = token in stop or (constraint is not None and constraint.done)
-    return _Beam(beam.tokens, beam.total, beam.row, constraint, done)
+    return replace(beam, constraint=constraint, done=done)
 
 
 def _log_softmax(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -8,9 +8,7 @@ The idea: Saxena, "Prompt Lookup Decoding" (2023).
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING
-
-from mcv_runtime.choosing.sampling import penalised
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +16,13 @@ if TYPE_CHECKING:
 
 _FIRST_DRAFT = 4
 _LONGEST_PAUSE = 64
+
+
+class NextRead(NamedTuple):
+    """Tokens that shall be read, after forgetting the last `vain` of those read before."""
+
+    tokens: list[int]
+    vain: int
 
 
 class PromptLookup:
@@ -75,47 +80,44 @@ class PromptLookup:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
 
-def lookup_greedy(
+def looked_up(
     first_logits_V: NDArray[np.float32],
-    read: Callable[[list[int]], NDArray[np.float32]],
-    rewind: Callable[[int], None],
-    *,
+    choose: Callable[[NDArray[np.float32]], tuple[int, bool]],
     lookup: PromptLookup,
-    stop: frozenset[int],
     limit: int,
-    repetition_penalty: float = 1.0,
-) -> Generator[int, None, None]:
-    """Yield what greedy decoding would, until a stop id (which is yielded too) or `limit` tokens.
+) -> Generator[NextRead, NDArray[np.float32] | None, None]:
+    """Greedy decoding with guesses: yields what shall be read and is sent the logits [tokens, vocab] of what follows each.
 
-    `read` reads tokens behind those before and gives the logits [tokens, vocab] of what follows each; `rewind(n)` forgets the
-    last n of them, never all. `lookup` knows the prompt and is told the answer. While this waits at a yield, more of the
-    answer may have been read than was yielded; when it has ended or was closed, exactly what greedy decoding would have read:
-    all but the last token.
+    `choose` takes an answer's next token from logits [vocab] and says whether more may follow. `lookup` knows the prompt and is
+    told the answer. Sent None, there is no more time. In the end exactly what greedy decoding would have read was read, all but
+    the last token: a last `NextRead` without tokens forgets the rest.
     """
-    generated: set[int] = set()
 
-    def choose(logits_V: NDArray[np.float32]) -> int:
-        token = int(penalised(logits_V, generated, repetition_penalty).argmax())
-        generated.add(token)
+    made, vain = 0, 0
+
+    def chosen(logits_V: NDArray[np.float32]) -> tuple[int, bool]:
+        nonlocal made
+        token, more = choose(logits_V)
+        made += 1
         lookup.append(token)
-        return token
+        return token, more
 
-    token, given = choose(first_logits_V), 1
-    yield token
-    while token not in stop and given < limit:
-        guesses = lookup.draft(limit - given - 1)
-        logits = read([token, *guesses])
-        chosen = [choose(logits[0])]
-        while len(chosen) <= len(guesses) and chosen[-1] == guesses[len(chosen) - 1] and chosen[-1] not in stop:
-            chosen.append(choose(logits[len(chosen)]))
+    token, more = chosen(first_logits_V)
+    while more:
+        guesses = lookup.draft(limit - made - 1)
+        logits = yield NextRead([token, *guesses], vain)
+        if logits is None:
+            return
+        right = 0
+        token, more = chosen(logits[0])
+        while right < len(guesses) and token == guesses[right]:
+            right += 1
+            if not more:
+                break
+            token, more = chosen(logits[right])
         if guesses:
-            # nothing is chosen behind a wrong guess, so every pair that agrees is an accepted one
-            lookup.note(len(guesses), sum(map(int.__eq__, chosen, guesses)))
-        ahead = len(guesses) + 1
-        try:
-            for token in chosen:
-                ahead, given = ahead - 1, given + 1
-                yield token
-        finally:
-            if ahead:
-                rewind(ahead)
+            lookup.note(len(guesses), right)
+        # a guess that ends the answer is right, but nobody reads it
+        vain = len(guesses) - right + (not more and right > 0 and token == guesses[right - 1])
+    if vain:
+        yield NextRead([], vain)

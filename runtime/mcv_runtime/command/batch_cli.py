@@ -5,25 +5,24 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypeAlias
+from typing import Any, TextIO
 
 from mcv_runtime.command.batch_input import BatchRow, Defaults, batch_rows, count_rows
 from mcv_runtime.command.batch_output import BatchOutput
 from mcv_runtime.command.progress_bar import ProgressBar, counted
+from mcv_runtime.decoding.ticket import Ticket, finish_first
 from mcv_runtime.engine import Engine
 from mcv_runtime.errors import McvError, OptionError
 from mcv_runtime.progress import Event
 from mcv_runtime.request.answer import Answer, Completion
-from mcv_runtime.request.request import Request
+from mcv_runtime.request.request import with_options
 
 BATCH_SIZE = 8
 _WAITING = 64
 """Rows with nothing to compute that may wait for one that has."""
-Entry: TypeAlias = tuple[BatchRow, dict[str, Any] | None]
-"""A row, and its answer from an earlier run."""
 
 
 def check_batch(source: Path, out: Path | None, size: int) -> Path:
@@ -54,9 +53,9 @@ def answer_batch(
             left = next(remaining, None)
             output.settle()
             run.written = output.kept
-            for group in _groups(itertools.chain(() if left is None else (left,), remaining), output, size):
-                for answer in run.answers(group):
-                    output.write(answer)
+            asked = itertools.chain(() if left is None else (left,), remaining)
+            for answer in run.answers(asked, output.earlier, 2 * size):
+                output.write(answer)
             output.finish()
         except KeyboardInterrupt:
             bar.close()
@@ -70,57 +69,56 @@ def answer_batch(
     return 1 if run.failed else 0
 
 
-def _groups(rows: Iterator[BatchRow], output: BatchOutput, size: int) -> Iterator[list[Entry]]:
-    """Rows in order, so many that about `size` have to be computed; none waits that needs not."""
-    group: list[Entry] = []
-    for row in rows:
-        group.append((row, None if row.request is None else output.earlier(row)))
-        open_ = sum(row.request is not None and earlier is None for row, earlier in group)
-        if not open_ or open_ == size or len(group) == _WAITING + size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
 class _Run:
-    """Answers groups of rows and counts them."""
+    """Answers rows and counts them."""
 
     def __init__(self, engine: Engine, bar: ProgressBar, total: int) -> None:
         self.written = self.answered = self.failed = 0
         self._engine, self._bar, self._total = engine, bar, total
         self._start = time.monotonic()
 
-    def answers(self, group: Sequence[Entry]) -> Iterator[dict[str, Any]]:
-        """What to write for each row, in order."""
-        asked = [row.request for row, earlier in group if row.request is not None and earlier is None]
-        found = iter(self._ask(asked))
-        for row, earlier in group:
-            if earlier is not None:
-                yield earlier
-            else:
-                result = row.error if row.request is None else next(found)
-                said = {"row": row.number, **row.said}
-                if isinstance(result, str):
-                    self.failed += 1
-                    yield {**said, "error": result}
-                else:
-                    self.answered += 1
-                    yield {**said, **_told(result), "request": row.digest}
-            self.written += 1
+    def answers(
+        self, rows: Iterable[BatchRow], earlier: Callable[[BatchRow], dict[str, Any] | None], ahead: int
+    ) -> Iterator[dict[str, Any]]:
+        """What to write for each row, in order; `ahead` are asked at a time, and none waits that needs not."""
+        waiting: deque[tuple[BatchRow, Ticket | dict[str, Any] | str]] = deque()
+        for row in rows:
+            known = None if row.request is None else earlier(row)
+            waiting.append((row, self._asked(row) if known is None else known))
+            while waiting and self._is_due(waiting, ahead):
+                yield self._first(waiting)
+        while waiting:
+            yield self._first(waiting)
 
-    def _ask(self, requests: Sequence[Request]) -> list[Answer | str]:
-        """An answer, or what is wrong, for each."""
-        if not requests:
-            return []
-        first, *others = requests
-        first = replace(first, options={**first.options, "progress": self._show})  # they go on together
+    def _is_due(self, waiting: Sequence[tuple[BatchRow, object]], ahead: int) -> bool:
+        asked = sum(isinstance(one, Ticket) for _, one in waiting)
+        return not isinstance(waiting[0][1], Ticket) or asked >= ahead or len(waiting) >= ahead + _WAITING
+
+    def _asked(self, row: BatchRow) -> Ticket | str:
+        if row.request is None:
+            return row.error
         try:
-            return list(self._engine.batch([first, *others]))
+            return self._engine.submit(with_options(row.request, progress=self._show), own_time=True)
         except Exception as error:  # whatever it is, the other rows are not to blame
-            if len(requests) == 1:
-                return [_line(error)]
-        return [self._ask([request])[0] for request in requests]
+            return _line(error)
+
+    def _first(self, waiting: deque[tuple[BatchRow, Ticket | dict[str, Any] | str]]) -> dict[str, Any]:
+        if isinstance(waiting[0][1], Ticket):
+            finish_first([one for _, one in waiting if isinstance(one, Ticket)])
+        row, found = waiting.popleft()
+        self.written += 1
+        if isinstance(found, dict):
+            return found
+        said = {"row": row.number, **row.said}
+        try:
+            answer = found.result() if isinstance(found, Ticket) else None
+        except Exception as error:
+            found, answer = _line(error), None
+        if answer is None:
+            self.failed += 1
+            return {**said, "error": found}
+        self.answered += 1
+        return {**said, **_told(answer), "request": row.digest}
 
     def _show(self, event: Event) -> None:
         of = f" of {self._total:,}" if self._total else ""

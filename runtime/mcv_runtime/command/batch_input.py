@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mcv_runtime.errors import OptionError
 from mcv_runtime.pictures.video import Video
@@ -18,7 +19,7 @@ from mcv_runtime.request.request import Request
 
 PICTURES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _OWN = frozenset({"id", "image", "images", "video", "prompt", "system"})
-_OPTIONS = Options.__annotations__.keys() - {"cancel", "progress"}
+_OPTIONS = {field.name for field in dataclasses.fields(Options)} - {"cancel", "progress"}
 """What a file can name."""
 
 
@@ -109,10 +110,10 @@ def _row(number: int, fields: Mapping[str, Any], folder: Path, defaults: Default
     videos = (Video(folder / path) for path in _paths(fields, "video"))
     seen: list[PictureSource] = [*(folder / path for path in images), *videos]
     chosen = {name: value for name, value in fields.items() if name in _OPTIONS and value is not None}
-    options = {**defaults.options, **chosen}
-    asked = [fields, prompt, system, options, defaults.model]
+    options = Options.of(defaults.options, chosen)
+    asked = [fields, prompt, system, options.given(), defaults.model]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-    request = Request(seen, prompt, system, cast(Options, options))
+    request = Request(seen, prompt, system, options)
     return BatchRow(number=number, digest=digest, request=request, said=_said(fields))
 
 

@@ -46,7 +46,7 @@ class TerminalChat:
 
     def __init__(self, engine: Engine, *, system: str | None, options: Options, max_pixels: int = MAX_PIXELS) -> None:
         self._engine, self._options, self._max_pixels = engine, options, max_pixels
-        self._chat = engine.chat(system=system, **options)
+        self._chat = engine.chat(system=system, options=options)
         self._points: list[Chat] = []
         self._waiting: list[Path | Video] = []
         self._failed = False
@@ -128,7 +128,7 @@ class TerminalChat:
 
     def _load(self, rest: str) -> None:
         (path,) = _paths(rest, "/load chat.mcv", most=1)
-        self._chat = self._engine.load_chat(path, **self._options)
+        self._chat = self._engine.load_chat(path, options=self._options)
         self._tell_where()
 
     def _help(self, rest: str) -> None:

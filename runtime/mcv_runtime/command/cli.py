@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -19,16 +22,15 @@ from mcv_runtime.command.batch_cli import BATCH_SIZE, answer_batch, check_batch,
 from mcv_runtime.command.batch_input import Defaults
 from mcv_runtime.command.chat_cli import TerminalChat, chat_lines
 from mcv_runtime.command.progress_bar import ProgressBar, print_answer
-from mcv_runtime.decoding.answering import finished
 from mcv_runtime.engine import load
 from mcv_runtime.errors import OptionError
 from mcv_runtime.pictures.images import MAX_PIXELS
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.answer import Answer
-from mcv_runtime.request.options import Options
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
+_TIMINGS = ("load", "preprocess", "vision", "prefill", "decode", "longest_gap")
 _DEMO = (
     "mcv-run: this is the small demo model; build a real one with `mcv-export build openbmb/MiniCPM-V-2_6 my-bundle`"
     " and name it with -m or $MCV_BUNDLE"
@@ -44,48 +46,21 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command(cls=cli_options.GroupedCommand)
 def run(
     prompt: cli_options.Prompt = "",
     image: cli_options.Images = None,
     video: cli_options.Videos = None,
     system: cli_options.System = None,
-    thinking: cli_options.Thinking = False,
     as_json: cli_options.AsJson = False,
     chat: cli_options.ChatMode = False,
     batch: cli_options.Batch = None,
     out: cli_options.Out = None,
     batch_size: cli_options.BatchSize = None,
-    max_slice_nums: cli_options.MaxSliceNums = None,
-    use_image_id: cli_options.UseImageId = None,
-    downsample_mode: cli_options.DownsampleMode = None,
-    small_image_upsize: cli_options.SmallUpsize = None,
-    max_num_frames: cli_options.MaxNumFrames = None,
-    stack_frames: cli_options.StackFrames = None,
     max_pixels: cli_options.MaxPixels = MAX_PIXELS,
-    temperature: cli_options.Temperature = None,
-    top_k: cli_options.TopK = None,
-    top_p: cli_options.TopP = None,
-    min_p: cli_options.MinP = None,
-    seed: cli_options.Seed = None,
-    repetition_penalty: cli_options.RepetitionPenalty = None,
-    presence_penalty: cli_options.PresencePenalty = None,
-    num_beams: cli_options.NumBeams = None,
-    length_penalty: cli_options.LengthPenalty = None,
-    num_return_sequences: cli_options.NumReturnSequences = None,
-    prompt_lookup: cli_options.PromptLookup = False,
-    logprobs: cli_options.Logprobs = False,
-    max_new_tokens: cli_options.MaxNewTokens = None,
-    stop: cli_options.Stop = None,
-    timeout: cli_options.Timeout = None,
-    json_schema: cli_options.JsonSchema = None,
-    regex: cli_options.Regex = None,
-    choice: cli_options.Choice = None,
     bundle: cli_options.BundleFolder = None,
     threads: cli_options.Threads = None,
-    prefill_chunk: cli_options.PrefillChunk = None,
-    reuse_mb: cli_options.ReuseMb = None,
-    vision_memory_mb: cli_options.VisionMemoryMb = None,
+    memory_mb: cli_options.MemoryMb = None,
+    no_reuse: cli_options.NoReuse = False,
     cache_dir: cli_options.CacheDir = None,
     cache_dir_mb: cli_options.CacheDirMb = None,
     low_memory: cli_options.LowMemory = False,
@@ -94,44 +69,15 @@ def run(
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    **request_options: Any,
 ) -> int:
     """Ask a MiniCPM-V model about pictures."""
-    options = cast(
-        Options,
-        _given(
-            max_slice_nums=max_slice_nums,
-            use_image_id=use_image_id,
-            thinking=thinking or None,
-            downsample_mode=downsample_mode,
-            small_image_upsize=small_image_upsize,
-            max_num_frames=max_num_frames,
-            stack_frames=stack_frames,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            num_beams=num_beams,
-            length_penalty=length_penalty,
-            num_return_sequences=num_return_sequences,
-            prompt_lookup=prompt_lookup or None,
-            logprobs=logprobs or None,
-            max_new_tokens=max_new_tokens,
-            stop=stop or None,
-            timeout=timeout,
-            json_schema=cli_options.read_schema(json_schema),
-            regex=regex,
-            choices=choice or None,
-            prefill_chunk=prefill_chunk,
-        ),
-    )
+    options = cli_options.request_options(request_options)
     load_options = _given(
         threads=threads,
         max_pixels=max_pixels,
-        reuse_mb=reuse_mb,
-        vision_memory_mb=vision_memory_mb,
+        memory_mb=memory_mb,
+        reuse=False if no_reuse else None,
         cache_dir=cache_dir,
         cache_dir_mb=cache_dir_mb,
         low_memory=low_memory or None,
@@ -139,21 +85,21 @@ def run(
         provider=provider,
     )
     seen: list[Path | Video] = [*(image or ()), *(Video(path) for path in video or ())]
-    several = (num_return_sequences or 1) > 1
+    several = (options.num_return_sequences or 1) > 1
     _refuse(
         (chat and batch is not None, "--chat and --batch exclude each other"),
         ((chat or batch is not None) and as_json, "--json is for one question; leave it out"),
         (batch is not None and bool(seen), "with --batch, every row names its own pictures; leave out --image and --video"),
         (batch is None and (out is not None or batch_size is not None), "--out and --batch-size need --batch"),
         (chat and several, "a conversation goes on from one answer; leave out --num-return-sequences"),
-        (logprobs and batch is None and not as_json, "--logprobs needs --json or --batch, which show them"),
+        (bool(options.logprobs) and batch is None and not as_json, "--logprobs needs --json or --batch, which show them"),
     )
     folder = _bundle(bundle)
     is_demo = folder == bundles.DEFAULT
     if batch is not None:
         size = BATCH_SIZE if batch_size is None else batch_size
         target = check_batch(batch, out, size)
-        engine = load(folder, **load_options)
+        engine = load(folder, max_rows=size, **load_options)
         _say(_DEMO if is_demo else "")
         defaults = Defaults(prompt=prompt, system=system, options=options, model=engine.bundle.identity)
         return answer_batch(engine, batch, target, defaults, size)
@@ -164,19 +110,37 @@ def run(
         return talk.run(itertools.chain([prompt] if prompt else [], chat_lines()))
     engine = load(folder, **load_options)
     bar = ProgressBar(sys.stderr)
-    options["progress"] = bar
-    pieces = engine.stream(seen, prompt, system=system, **options)
+    ticket = engine.stream(seen, prompt, system=system, options=options, progress=bar)
     if as_json:
         try:
-            answer = finished(pieces)
+            answer = ticket.result()
         finally:
             bar.close()
         print(json.dumps(report(answer), ensure_ascii=False))
     else:
-        for other in print_answer(pieces, bar).alternatives:
+        for other in print_answer(ticket, bar).alternatives:
             print(other.text)
     _say(_DEMO if is_demo else "")  # after the answer: a mistake gets its own line alone
     return 0
+
+
+def _with_request_options() -> Callable[..., int]:
+    """The command with a parameter for every option of a request, before those of model and machine."""
+    own = list(inspect.signature(run, eval_str=True).parameters.values())[:-1]
+    parameters = [*own[:9], *cli_options.request_parameters(), *own[9:]]
+
+    @functools.wraps(run)
+    def command(**values: Any) -> int:
+        return run(**values)
+
+    ordered = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    command.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    del command.__wrapped__
+    return command
+
+
+app.command(cls=cli_options.GroupedCommand)(_with_request_options())
 
 
 def _refuse(*clashes: tuple[bool, str]) -> None:
@@ -219,7 +183,7 @@ def report(answer: Answer) -> dict[str, Any]:
             }
             for picture in answer.pictures
         ],
-        "timings_s": {name: round(getattr(timings, name), 4) for name in ("load", "preprocess", "vision", "prefill", "decode")},
+        "timings_s": {name: round(getattr(timings, name), 4) for name in _TIMINGS},
         "tokens_per_s": None if answer.tokens_per_s is None else round(answer.tokens_per_s, 2),
         "peak_rss_mb": _peak_rss_mb(),
         "stop_reason": answer.stop_reason,

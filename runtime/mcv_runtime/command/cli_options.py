@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from types import NoneType
+from typing import Annotated, Any, TypeAlias, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
-from mcv_runtime.bundle.manifest import SmallImageUpsize
 from mcv_runtime.errors import OptionError
+from mcv_runtime.request import options
+from mcv_runtime.request.options import Options
 
-_ASKING, _PICTURES, _TOKENS = "What to ask", "Pictures and videos", "How tokens are chosen"
-_END, _MODES, _MACHINE = "Where and how an answer ends", "More than one question", "Model and machine"
+_ASKING, _PICTURES, _MODES, _MACHINE = "What to ask", "Pictures and videos", "More than one question", "Model and machine"
+_PANELS = {
+    options.ASKING: _ASKING,
+    options.PICTURES: _PICTURES,
+    options.TOKENS: "How tokens are chosen",
+    options.END: "Where and how an answer ends",
+    options.MACHINE: _MACHINE,
+}
 
 
 def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:  # noqa: A002 - typer's name
@@ -29,7 +40,6 @@ Videos: TypeAlias = Annotated[
     _option("--video", help="A video to ask about (needs PyAV); may be repeated.", panel=_ASKING, metavar="<path>"),
 ]
 System: TypeAlias = Annotated[str | None, _option("--system", help="System prompt.", panel=_ASKING)]
-Thinking: TypeAlias = Annotated[bool, _option("--thinking", help="Let the model think first, if it knows how.", panel=_ASKING)]
 AsJson: TypeAlias = Annotated[
     bool, _option("--json", help="Print one JSON object with the answer and what it took.", panel=_ASKING)
 ]
@@ -53,79 +63,7 @@ BatchSize: TypeAlias = Annotated[
     int | None, _option("--batch-size", help="With --batch: how many requests are decoded together.", panel=_MODES)
 ]
 
-MaxSliceNums: TypeAlias = Annotated[
-    int | None, _option("--max-slice-nums", help="Most slices that a picture is cut into.", panel=_PICTURES)
-]
-UseImageId: TypeAlias = Annotated[
-    bool | None,
-    _option("--use-image-id/--no-use-image-id", help="Number the pictures in the prompt.", panel=_PICTURES),
-]
-DownsampleMode: TypeAlias = Annotated[
-    str | None,
-    _option(
-        "--downsample-mode",
-        help="Pixels behind a visual token: 16x is faster, 4x sees more, if the model has them.",
-        panel=_PICTURES,
-    ),
-]
-SmallUpsize: TypeAlias = Annotated[
-    SmallImageUpsize | None, _option("--small-image-upsize", help="Whether small pictures are enlarged.", panel=_PICTURES)
-]
-MaxNumFrames: TypeAlias = Annotated[
-    int | None, _option("--max-num-frames", help="Most frames that are taken of a video.", panel=_PICTURES)
-]
-StackFrames: TypeAlias = Annotated[
-    int | None, _option("--stack-frames", help="Frames of each second that are looked at.", panel=_PICTURES)
-]
 MaxPixels: TypeAlias = Annotated[int, _option("--max-pixels", help="Refuse larger pictures.", panel=_PICTURES)]
-
-Temperature: TypeAlias = Annotated[
-    float | None,
-    _option("--temperature", "--temp", help="Draw tokens, the more freely the higher; else the likeliest.", panel=_TOKENS),
-]
-TopK: TypeAlias = Annotated[int | None, _option("--top-k", help="Draw from so many likeliest tokens.", panel=_TOKENS)]
-TopP: TypeAlias = Annotated[
-    float | None, _option("--top-p", help="Draw from the likeliest tokens that make up this probability.", panel=_TOKENS)
-]
-MinP: TypeAlias = Annotated[
-    float | None, _option("--min-p", help="Draw from tokens this fraction as likely as the likeliest.", panel=_TOKENS)
-]
-Seed: TypeAlias = Annotated[int | None, _option("--seed", help="The same seed, the same answer.", panel=_TOKENS)]
-RepetitionPenalty: TypeAlias = Annotated[
-    float | None, _option("--repetition-penalty", help="Above 1: repeat less.", panel=_TOKENS)
-]
-PresencePenalty: TypeAlias = Annotated[float | None, _option("--presence-penalty", help="Above 0: repeat less.", panel=_TOKENS)]
-NumBeams: TypeAlias = Annotated[int | None, _option("--num-beams", help="Beam search with so many beams.", panel=_TOKENS)]
-LengthPenalty: TypeAlias = Annotated[
-    float | None, _option("--length-penalty", help="Of beam search; above 0: prefer longer answers.", panel=_TOKENS)
-]
-NumReturnSequences: TypeAlias = Annotated[
-    int | None, _option("--num-return-sequences", help="So many answers, the best first.", panel=_TOKENS)
-]
-PromptLookup: TypeAlias = Annotated[
-    bool, _option("--prompt-lookup", help="Guess tokens from the prompt: the same answer, often sooner.", panel=_TOKENS)
-]
-Logprobs: TypeAlias = Annotated[
-    bool, _option("--logprobs", help="With --json or --batch: the log-probability of every token.", panel=_TOKENS)
-]
-
-MaxNewTokens: TypeAlias = Annotated[
-    int | None, _option("-n", "--max-new-tokens", help="Longest answer, in tokens.", panel=_END)
-]
-Stop: TypeAlias = Annotated[
-    list[str] | None, _option("--stop", help="End the answer before this text; may be repeated.", panel=_END, metavar="<str>")
-]
-Timeout: TypeAlias = Annotated[
-    float | None, _option("--timeout", help="Seconds after which the answer ends as far as it is.", panel=_END)
-]
-JsonSchema: TypeAlias = Annotated[
-    str | None, _option("--json-schema", help="Answer in JSON of this schema: a file, or the schema.", panel=_END)
-]
-Regex: TypeAlias = Annotated[str | None, _option("--regex", help="Answer in text of this pattern.", panel=_END)]
-Choice: TypeAlias = Annotated[
-    list[str] | None,
-    _option("--choice", help="Answer with one of several texts; repeat it for each.", panel=_END, metavar="<str>"),
-]
 
 BundleFolder: TypeAlias = Annotated[
     Path | None, _option("-m", "--bundle", help="Folder of the model; else $MCV_BUNDLE, else the demo.", panel=_MACHINE)
@@ -133,18 +71,11 @@ BundleFolder: TypeAlias = Annotated[
 Threads: TypeAlias = Annotated[
     int | None, _option("-t", "--threads", help="Threads; by default one per physical core.", panel=_MACHINE)
 ]
-PrefillChunk: TypeAlias = Annotated[
-    int | None,
-    _option("--prefill-chunk", help="Tokens of a prompt read at once: fewer need less memory.", panel=_MACHINE),
+MemoryMb: TypeAlias = Annotated[
+    float | None,
+    _option("--memory-mb", help="Most megabytes to hold besides the weights; else a quarter of the machine's.", panel=_MACHINE),
 ]
-ReuseMb: TypeAlias = Annotated[
-    float | None, _option("--reuse-mb", help="Megabytes for what earlier questions have read; 0: none.", panel=_MACHINE)
-]
-
-
-VisionMemoryMb: TypeAlias = Annotated[
-    float | None, _option("--vision-memory-mb", help="Megabytes for slices that are encoded together.", panel=_MACHINE)
-]
+NoReuse: TypeAlias = Annotated[bool, _option("--no-reuse", help="Keep nothing of earlier questions.", panel=_MACHINE)]
 CacheDir: TypeAlias = Annotated[
     Path | None, _option("--cache-dir", help="Folder for encoded pictures, so that later runs need not.", panel=_MACHINE)
 ]
@@ -160,6 +91,49 @@ Provider: TypeAlias = Annotated[
     str | None,
     _option("--provider", help="What of ONNX Runtime computes: cpu, cuda, openvino, ...", panel=_MACHINE),
 ]
+
+
+def request_parameters() -> Iterator[inspect.Parameter]:
+    """A parameter for every field of `Options` that has a flag; typer makes an option of each."""
+    hints = get_type_hints(Options)
+    for field in dataclasses.fields(Options):
+        if not field.metadata["flag"]:
+            continue
+        kind, name = _kind(hints[field.name]), field.name.replace("_", "-")
+        flags = [flag for flag in field.metadata["flags"] if flag != "--choice"]
+        long = "--choice" if "--choice" in field.metadata["flags"] else f"--{name}"
+        if field.name == "use_image_id":
+            long = f"--{name}/--no-{name}"
+        listed = get_origin(kind) is list
+        option = typer.Option(
+            *flags,
+            long,
+            help=field.metadata["help"],
+            rich_help_panel=_PANELS[field.metadata["group"]],
+            metavar="<str>" if listed else None,
+            show_default=False,
+        )
+        default: Any = False if kind is bool else None
+        annotation: Any = Annotated[kind if kind is bool else kind | None, option]
+        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def request_options(values: Mapping[str, Any]) -> Options:
+    """Those that were said on the command line."""
+    given = {name: value for name, value in values.items() if value not in (None, False, [])}
+    if values.get("use_image_id") is False:
+        given["use_image_id"] = False
+    if "json_schema" in given:
+        given["json_schema"] = read_schema(given["json_schema"])
+    return Options.of(None, given)
+
+
+def _kind(hint: Any) -> Any:
+    """What a command line can give of a type: of several, the first."""
+    kind = next(one for one in get_args(hint) if one is not NoneType)
+    if str in get_args(hint) and any(get_origin(one) is Sequence for one in get_args(hint)):
+        return list[str]
+    return list[str] if get_origin(kind) is Sequence else kind
 
 
 class GroupedCommand(TyperCommand):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import TextIO
 
+from mcv_runtime.decoding.ticket import Ticket
 from mcv_runtime.progress import Event
 from mcv_runtime.request.answer import Answer
 
@@ -61,11 +62,11 @@ class ProgressBar:
         self._silent = True
 
 
-def print_answer(pieces: Generator[str, None, Answer], bar: ProgressBar) -> Answer:
+def print_answer(ticket: Ticket, bar: ProgressBar) -> Answer:
     """Print an answer as it comes, the bar wiped before its first character where both are on a terminal."""
     while True:
         try:
-            piece = next(pieces)
+            piece = next(ticket)
         except StopIteration as end:
             answer: Answer = end.value
             bar.close()

@@ -1,18 +1,22 @@
-"""Conversations: several turns, each of which reads only what is new."""
+"""Conversations: several questions and answers, each of which reads only what is new."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
 
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.conversation.chat_file import write_chat
-from mcv_runtime.decoding.answering import Answerer, finished
-from mcv_runtime.decoding.prefixes import Memory
+from mcv_runtime.decoding.answering import Answerer
+from mcv_runtime.decoding.job import Job
+from mcv_runtime.decoding.slots import Row
+from mcv_runtime.decoding.ticket import Ticket
 from mcv_runtime.request.answer import Answer
-from mcv_runtime.request.options import Options
+from mcv_runtime.request.options import Keywords, Options
+from mcv_runtime.request.patience import Interrupted, Patience
 from mcv_runtime.request.preparation import Part, PictureSource, question, with_encoded
 from mcv_runtime.text.prompts import Message
 
@@ -20,8 +24,9 @@ from mcv_runtime.text.prompts import Message
 class Chat:
     """A conversation with a model; made by `Engine.chat`.
 
-    A turn that fails, or is given up before its first token, leaves the conversation as it was. One turn at a time: a second
-    thread waits.
+    A question that fails, or whose stream is closed early, leaves the conversation as it was. One question at a time: the next
+    one, from whichever thread, comes after the answer to the one before is finished. What the model has read of a conversation
+    stays in the engine's memory as long as there is room; after that it is read again.
     """
 
     def __init__(
@@ -32,55 +37,109 @@ class Chat:
         system: str | None = None,
         options: Options | None = None,
         messages: Sequence[Message[Part]] = (),
-        memory: Memory | None = None,
+        row: Row | None = None,
     ) -> None:
-        self._bundle, self._answerer = bundle, answerer
-        self._options: Options = options or {}
+        self._bundle, self._answerer, self._options = bundle, answerer, options or Options()
         start: list[Message[Part]] = [] if system is None else [Message("system", (system,))]
         self._messages = [*start, *messages]
-        self._memory = memory
-        self._turn = threading.RLock()
+        self._row = row
+        if row is not None:
+            row.owners.add(self)
+        self._asked: tuple[Job, Sequence[Message[Part]]] | None = None  # not its ticket: who has that may forget it
+        self._lock = threading.Lock()  # never held while anything is computed
 
     @property
     def messages(self) -> tuple[Message[Part], ...]:
         """What was said so far: role and parts (texts and encoded pictures)."""
-        return tuple(self._messages)
+        with self._lock:
+            self._settle()
+            return tuple(self._messages)
 
-    def ask(self, images: PictureSource | Sequence[PictureSource] | None, prompt: str, **options: Unpack[Options]) -> Answer:
-        """The next turn: pictures that are new in it, if any, and what to ask."""
-        return finished(self.stream(images, prompt, **options))
+    def ask(
+        self,
+        images: PictureSource | Sequence[PictureSource] | None,
+        prompt: str,
+        *,
+        options: Options | None = None,
+        **changes: Unpack[Keywords],
+    ) -> Answer:
+        """The next question: pictures that are new in it, if any, and what to ask."""
+        return self.stream(images, prompt, options=options, **changes).result()
 
     def stream(
-        self, images: PictureSource | Sequence[PictureSource] | None, prompt: str, **options: Unpack[Options]
-    ) -> Generator[str, None, Answer]:
-        """Like `ask`, but gives out the text as it is made; the answer is the generator's return value."""
-        with self._turn:
-            chosen: Options = {**self._options, **options}
-            messages = [{"role": message.role, "content": message.parts} for message in self._messages]
-            task = self._answerer.task([*messages, *question(images, prompt)], chosen)
+        self,
+        images: PictureSource | Sequence[PictureSource] | None,
+        prompt: str,
+        *,
+        options: Options | None = None,
+        **changes: Unpack[Keywords],
+    ) -> Ticket:
+        """Like `ask`, but gives out the text as it is made."""
+        chosen = Options.of(self._options, Options.of(options, changes).given())
+        patience = Patience(chosen.timeout, chosen.cancel)
+        while True:
             try:
-                answer = yield from self._answerer.answer(task, self._memory, keep=False)
-            finally:
-                self._memory = task.memory or self._memory
-            if answer.tokens:
-                said = with_encoded(task.messages, answer.pictures)
-                self._messages = [*said, Message("assistant", (answer.text,))]
-            return answer
+                self._finish(patience)
+            except Interrupted as interruption:
+                return self._answerer.ended(interruption).ticket
+            with self._lock:
+                self._settle()
+                if self._asked is None:
+                    messages = [{"role": message.role, "content": message.parts} for message in self._messages]
+                    asked = self._answerer.submit([*messages, *question(images, prompt)], chosen, own=self._row, owner=self)
+                    self._asked = asked.job, asked.messages
+                    return asked.ticket
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
-        with self._turn:
+        with self._at_rest():
             self._messages = [message for message in self._messages[:1] if message.role == "system"]
-            self._memory = None
+            self._leave_row()
 
     def fork(self) -> Chat:
         """A second conversation that begins as this one did and then goes its own way."""
-        with self._turn:
-            memory = self._memory
-            copied = None if memory is None else memory.copy(memory.keys.shape[1], memory.cache.capacity)
-            return Chat(self._bundle, self._answerer, options={**self._options}, messages=self._messages, memory=copied)
+        with self._at_rest():
+            return Chat(self._bundle, self._answerer, options=self._options, messages=self._messages, row=self._row)
 
     def save(self, path: str | Path) -> None:
         """Write the conversation and what the model remembers of it to a file, all or nothing; raises `OutputError`."""
-        with self._turn:
-            write_chat(Path(path), self._bundle, self._messages, self._memory)
+        with self._at_rest(), self._answerer.scheduler.exclusive():
+            row = self._row if self._row is not None and self._row.slot is not None else None
+            write_chat(Path(path), self._bundle, self._messages, self._answerer.scheduler.slots, row)
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """The last question answered, and no new one begun meanwhile."""
+        while True:
+            self._finish(Patience(None, None))
+            with self._lock:
+                self._settle()
+                if self._asked is None:
+                    yield
+                    return
+
+    def _finish(self, patience: Patience) -> None:
+        """Work until the last question is answered; raises `Interrupted`."""
+        asked = self._asked
+        if asked is not None:
+            job = asked[0]
+            self._answerer.scheduler.wait(lambda: job.done, lambda: patience.ending is not None)
+            if not job.done:
+                patience.check()
+
+    def _settle(self) -> None:
+        """Take note of the last answer, if it is finished; the lock is held."""
+        if self._asked is None or not self._asked[0].done:
+            return
+        (job, messages), self._asked = self._asked, None
+        if job.rows:
+            if self._row is not job.rows[0]:
+                self._leave_row()
+            self._row = job.rows[0]
+        if job.answer is not None and job.answer.tokens and not job.given_up:
+            self._messages = [*with_encoded(messages, job.answer.pictures), Message("assistant", (job.answer.text,))]
+
+    def _leave_row(self) -> None:
+        if self._row is not None:
+            self._row.owners.discard(self)
+        self._row = None

@@ -57,6 +57,8 @@ class Picture:
     """[visual tokens, hidden], slice after slice; not to be written to."""
     fingerprint: str
     """64 hex digits, the same for pictures that were encoded alike: equal slices, mode, times, graphs, and padding if seen."""
+    graphs: str
+    """Of the graphs that encoded it: those of another bundle give visual tokens that another decoder reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

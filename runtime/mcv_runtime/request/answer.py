@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from mcv_runtime.pictures.picture import Picture
@@ -23,21 +20,9 @@ class Timings:
     vision: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
-
-
-class Stopwatch:
-    """Adds up the time of each phase of a request."""
-
-    def __init__(self, load_s: float) -> None:
-        self.timings = Timings(load=load_s)
-
-    @contextmanager
-    def phase(self, name: Phase) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings = replace(self.timings, **{name: getattr(self.timings, name) + time.perf_counter() - start})
+    """In steps that this request shared with others, the whole of them."""
+    longest_gap: float = 0.0
+    """The longest time between two of its tokens, whatever else was done meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

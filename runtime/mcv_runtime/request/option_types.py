@@ -1,10 +1,12 @@
-"""Whether a value is of the type that a `TypedDict` says: what comes from a file or a form may be anything."""
+"""Whether an option exists, and a value is of its type: what comes from a file or a form may be anything."""
 
 from __future__ import annotations
 
 import collections.abc
+import difflib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,16 +22,53 @@ _NAMES: dict[Any, str] = {
     collections.abc.Mapping: "a mapping",
     collections.abc.Callable: "something to call",
 }
+_ELSEWHERE = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "num_predict": "max_new_tokens",
+    "n": "num_return_sequences",
+    "best_of": "num_beams",
+    "beam_size": "num_beams",
+    "temp": "temperature",
+    "random_seed": "seed",
+    "repeat_penalty": "repetition_penalty",
+    "stop_sequences": "stop",
+    "stop_strings": "stop",
+    "eos_token_id": "stop_token_ids",
+    "enable_thinking": "thinking",
+    "guided_json": "json_schema",
+    "response_format": "json_schema",
+    "guided_regex": "regex",
+    "guided_choice": "choices",
+    "max_slices": "max_slice_nums",
+    "max_frames": "max_num_frames",
+}
+"""What other programs call our options."""
 
 
-def check_types(options: Mapping[str, Any], declared: type) -> None:
-    """Raise `OptionError` for names that `declared` does not have, and for values of another type."""
-    hints = get_type_hints(declared)
-    for name, value in options.items():
-        if name not in hints:
-            raise OptionError(f"there is no option {name!r}")
-        if not _fits(value, hints[name]):
-            raise OptionError(f"{name} must be {_named(hints[name])}, not {_shortened(value)}")
+def check_types(options: Any) -> None:
+    """Raise `OptionError` for fields of a dataclass whose values are of another type than declared."""
+    kind: type = type(options)
+    for name, hint in _hints(kind).items():
+        value = getattr(options, name)
+        if not _fits(value, hint):
+            raise OptionError(f"{name} must be {_named(hint)}, not {_shortened(value)}")
+
+
+def check_names(given: Iterable[str], kind: type) -> None:
+    """Raise `OptionError` for names that are none of a dataclass's fields, with the one that was probably meant."""
+    known = _hints(kind)
+    for name in given:
+        if name not in known:
+            meant = _ELSEWHERE.get(name, name)
+            near = [meant] if meant in known else difflib.get_close_matches(str(meant), known, 1)
+            raise OptionError(f"there is no option {name!r} here" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _fits(value: Any, hint: Any) -> bool:

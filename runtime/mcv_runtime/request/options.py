@@ -1,72 +1,145 @@
-"""What a request may change, checked before anything is computed."""
+"""What a request may change: every option once, with its type, its meaning and its flag of `mcv-run`."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Self, TypedDict, TypeVar
 
 from mcv_runtime.bundle.manifest import GenerationSpec, SmallImageUpsize
 from mcv_runtime.choosing.constraints import GrammarKind
 from mcv_runtime.choosing.sampling import Sampling
 from mcv_runtime.errors import OptionError
 from mcv_runtime.progress import Progress
-from mcv_runtime.request.option_types import check_types
+from mcv_runtime.request.option_types import check_names, check_types
 
-PREFILL_CHUNK = 512
-"""Tokens of a prompt that are read at once: bounds the memory of the activations, not what is computed."""
 MOST_ROWS = 256
-"""Answers, or beams, that are decoded side by side: each has a cache of its own."""
+"""Answers, or beams, that are decoded side by side: each has a row of its own."""
+PICTURES, TOKENS, END, ASKING, MACHINE = "pictures", "tokens", "end", "asking", "machine"
+"""Groups of options."""
+_PREFILL_CHUNK = 512
 _SAMPLING = ("top_k", "top_p", "min_p", "seed")
 _GUIDES: tuple[GrammarKind, ...] = ("json_schema", "regex", "choices")
+Kind = TypeVar("Kind", bound="PictureOptions")
 
 
-class Options(TypedDict, total=False):
-    """What one request may change; what is left out is as the bundle says.
+def _option(help: str, group: str, *flags: str, flag: bool = True) -> Any:  # noqa: A002 - the field's word
+    """A field that is left out by default; `flags`: how `mcv-run` spells it besides its name; `flag`: whether it has one."""
+    return dataclasses.field(default=None, metadata={"help": help, "group": group, "flags": flags, "flag": flag})
 
-    Without `temperature` an answer is greedy. `num_beams` above 1 searches; `num_return_sequences` asks for several answers.
-    `stop` and `stop_token_ids` end an answer besides the model's own stop tokens. After `timeout` seconds, or when `cancel` is
-    set from another thread, the answer ends as far as it is. `prompt_lookup` guesses tokens from the prompt, the result is the
-    greedy one. One of `json_schema`, `regex` and `choices` constrains the answer (needs the extra `guided`).
-    """
 
-    max_new_tokens: int
-    repetition_penalty: float
-    presence_penalty: float
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int | None
-    num_beams: int
-    length_penalty: float
-    early_stopping: bool | Literal["never"]
-    num_return_sequences: int
-    prompt_lookup: bool
-    logprobs: bool
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    timeout: float | None
-    cancel: threading.Event | None
-    progress: Progress | None
-    json_schema: str | Mapping[str, Any] | None
-    regex: str | None
-    choices: Sequence[str] | None
-    prefill_chunk: int
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureOptions:
+    """How pictures and videos are looked at; what is left out (None) is as the bundle says."""
+
+    max_slice_nums: int | None = _option("Most slices that a picture is cut into.", PICTURES)
+    downsample_mode: str | None = _option(
+        "Pixels behind a visual token: 16x is faster, 4x sees more, if the model has them.", PICTURES
+    )
+    small_image_upsize: SmallImageUpsize | None = _option("Whether small pictures are enlarged.", PICTURES)
+    max_num_frames: int | None = _option("Most frames that are taken of a video.", PICTURES)
+    stack_frames: int | None = _option("Frames of each second that are looked at.", PICTURES)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    @classmethod
+    def of(cls, options: PictureOptions | None, changes: Mapping[str, Any]) -> Self:
+        """`options`, or the defaults, with `changes`; raises `OptionError` for names and values that make no sense."""
+        check_names(changes, cls)
+        given = {} if options is None else options.given()
+        check_names(given, cls)
+        return cls(**{**given, **changes})
+
+    def given(self) -> dict[str, Any]:
+        """The options that were not left out, by name."""
+        names = (field.name for field in dataclasses.fields(self))
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(PictureOptions):
+    """What one request may change; what is left out (None) is as the bundle says. Without `temperature`, answers are greedy."""
+
+    use_image_id: bool | None = _option("Number the pictures in the prompt.", PICTURES)
+    thinking: bool | None = _option("Let the model think first, if it knows how.", ASKING)
+    temperature: float | None = _option("Draw tokens, the more freely the higher; else the likeliest.", TOKENS, "--temp")
+    top_k: int | None = _option("Draw from so many likeliest tokens.", TOKENS)
+    top_p: float | None = _option("Draw from the likeliest tokens that make up this probability.", TOKENS)
+    min_p: float | None = _option("Draw from tokens this fraction as likely as the likeliest.", TOKENS)
+    seed: int | None = _option("The same seed, the same answer.", TOKENS)
+    repetition_penalty: float | None = _option("Above 1: repeat less.", TOKENS)
+    presence_penalty: float | None = _option("Above 0: repeat less.", TOKENS)
+    num_beams: int | None = _option("Beam search with so many beams.", TOKENS)
+    length_penalty: float | None = _option("Of beam search; above 0: prefer longer answers.", TOKENS)
+    early_stopping: bool | Literal["never"] | None = _option(
+        "Of beam search: end with the first num_beams answers (True), or when no better is likely (False), possible ('never').",
+        TOKENS,
+        flag=False,
+    )
+    num_return_sequences: int | None = _option("So many answers, the best first.", TOKENS)
+    prompt_lookup: bool | None = _option("Guess tokens from the prompt: the same answer, often sooner.", TOKENS)
+    logprobs: bool | None = _option("With --json or --batch: the log-probability of every token.", TOKENS)
+    max_new_tokens: int | None = _option("Longest answer, in tokens; the memory for it is set aside.", END, "-n")
+    stop: str | Sequence[str] | None = _option("End the answer before this text; may be repeated.", END)
+    stop_token_ids: Sequence[int] | None = _option("Ids that end an answer, besides the model's own.", END, flag=False)
+    timeout: float | None = _option("Seconds after which an answer ends as far as it is.", END)
+    cancel: threading.Event | None = _option("Ends the answer as far as it is, once set by any thread.", END, flag=False)
+    json_schema: str | Mapping[str, Any] | None = _option(
+        "Answer with JSON of this schema: a file, or the schema itself (needs llguidance).", END
+    )
+    regex: str | None = _option("Answer with text that matches (needs llguidance).", END)
+    choices: Sequence[str] | None = _option("Answer with one of these; may be repeated (needs llguidance).", END, "--choice")
+    prefill_chunk: int | None = _option("Most tokens of a prompt that are read at once.", MACHINE)
+    progress: Progress | None = _option("Called with an `Event` in the thread that waits for the answer.", END, flag=False)
+
+
+class PictureKeywords(TypedDict, total=False):
+    """The fields of `PictureOptions` as keywords."""
+
     max_slice_nums: int | None
-    use_image_id: bool | None
-    thinking: bool
     downsample_mode: str | None
     small_image_upsize: SmallImageUpsize | None
     max_num_frames: int | None
     stack_frames: int | None
 
 
+class Keywords(PictureKeywords, total=False):
+    """The fields of `Options` as keywords: for type checkers and editors, which cannot take them from there."""
+
+    use_image_id: bool | None
+    thinking: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    num_beams: int | None
+    length_penalty: float | None
+    early_stopping: bool | Literal["never"] | None
+    num_return_sequences: int | None
+    prompt_lookup: bool | None
+    logprobs: bool | None
+    max_new_tokens: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    timeout: float | None
+    cancel: threading.Event | None
+    json_schema: str | Mapping[str, Any] | None
+    regex: str | None
+    choices: Sequence[str] | None
+    prefill_chunk: int | None
+    progress: Progress | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How an answer is generated: the request's options over the bundle's defaults."""
+    """How an answer is generated: a request's options over the bundle's defaults."""
 
     max_new_tokens: int
     stop_ids: frozenset[int]
@@ -82,8 +155,6 @@ class Settings:
     guide: tuple[GrammarKind, Any] | None
     """The kind of constraint and what it is."""
     timeout: float | None
-    cancel: threading.Event | None
-    progress: Progress | None
     prefill_chunk: int
 
     def __post_init__(self) -> None:
@@ -116,39 +187,37 @@ class Settings:
 
     @classmethod
     def of(cls, options: Options, defaults: GenerationSpec) -> Settings:
-        """Raises `OptionError` for names and values that make no sense."""
-        check_types(options, Options)
-        temperature = options.get("temperature", 0.0)
+        """Raises `OptionError` for values that make no sense."""
+        given = options.given()
+        temperature = given.get("temperature", 0.0)
         if not temperature > 0:
             for name in _SAMPLING:
-                if options.get(name) is not None:
+                if name in given:
                     raise OptionError(f"{name} has no meaning without a temperature; give one, for example temperature=0.7")
-        guides = [(name, options[name]) for name in _GUIDES if options.get(name) is not None]
+        guides = [(name, given[name]) for name in _GUIDES if name in given]
         if len(guides) > 1:
             raise OptionError(f"{guides[0][0]} and {guides[1][0]} exclude each other; leave one out")
-        stop = options.get("stop", ())
+        stop = given.get("stop", ())
         return cls(
-            max_new_tokens=options.get("max_new_tokens", defaults.max_new_tokens),
-            stop_ids=frozenset(defaults.stop_token_ids).union(options.get("stop_token_ids", ())),
+            max_new_tokens=given.get("max_new_tokens", defaults.max_new_tokens),
+            stop_ids=frozenset(defaults.stop_token_ids).union(given.get("stop_token_ids", ())),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             sampling=Sampling(
                 temperature=temperature,
-                top_k=options.get("top_k", 0),
-                top_p=options.get("top_p", 1.0),
-                min_p=options.get("min_p", 0.0),
-                repetition_penalty=options.get("repetition_penalty", defaults.repetition_penalty),
-                presence_penalty=options.get("presence_penalty", 0.0),
-                seed=options.get("seed"),
+                top_k=given.get("top_k", 0),
+                top_p=given.get("top_p", 1.0),
+                min_p=given.get("min_p", 0.0),
+                repetition_penalty=given.get("repetition_penalty", defaults.repetition_penalty),
+                presence_penalty=given.get("presence_penalty", 0.0),
+                seed=given.get("seed"),
             ),
-            num_beams=options.get("num_beams", 1),
-            length_penalty=options.get("length_penalty", 1.0),
-            early_stopping=options.get("early_stopping", False),
-            num_return_sequences=options.get("num_return_sequences", 1),
-            prompt_lookup=options.get("prompt_lookup", False),
-            logprobs=options.get("logprobs", False),
+            num_beams=given.get("num_beams", 1),
+            length_penalty=given.get("length_penalty", 1.0),
+            early_stopping=given.get("early_stopping", False),
+            num_return_sequences=given.get("num_return_sequences", 1),
+            prompt_lookup=given.get("prompt_lookup", False),
+            logprobs=given.get("logprobs", False),
             guide=guides[0] if guides else None,
-            timeout=options.get("timeout"),
-            cancel=options.get("cancel"),
-            progress=options.get("progress"),
-            prefill_chunk=options.get("prefill_chunk", PREFILL_CHUNK),
+            timeout=given.get("timeout"),
+            prefill_chunk=given.get("prefill_chunk", _PREFILL_CHUNK),
         )

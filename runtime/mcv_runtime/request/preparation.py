@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from mcv_runtime.bundle.manifest import Manifest
 from mcv_runtime.errors import OptionError, PromptError
@@ -12,7 +15,7 @@ from mcv_runtime.pictures.images import ImageSource
 from mcv_runtime.pictures.picture import Clip, Picture, SlicedPicture, pack, slice_picture
 from mcv_runtime.pictures.slicing import ClipGrid, SliceGrid
 from mcv_runtime.pictures.video import Video, moments
-from mcv_runtime.request.options import Options
+from mcv_runtime.request.options import Options, PictureOptions
 from mcv_runtime.text.prompts import Message, Prompt, PromptBuilder
 
 PictureSource: TypeAlias = "ImageSource | Picture | Video | Clip"
@@ -27,8 +30,8 @@ class Preparer:
     def __init__(self, manifest: Manifest, prompts: PromptBuilder, max_pixels: int) -> None:
         self._manifest, self._prompts, self._max_pixels = manifest, prompts, max_pixels
 
-    def sliced(self, messages: Messages, options: Options) -> list[Message[Part]]:
-        """The messages, their pictures cut into slices."""
+    def sliced(self, messages: Messages, options: Options, check: Callable[[], None] = lambda: None) -> list[Message[Part]]:
+        """The messages, their pictures cut into slices; what `check` raises before one of them ends that."""
         result: list[Message[Part]] = []
         if not isinstance(messages, Sequence):
             raise PromptError("the messages are a list of mappings with `role` and `content`")
@@ -37,36 +40,37 @@ class Preparer:
                 raise PromptError("a message is a mapping with `role` and `content`")
             content = message["content"]
             parts = content if isinstance(content, list | tuple) else [content]
-            ready = (
-                part if isinstance(part, str | SlicedPicture | Picture | Clip) else self.cut(part, options) for part in parts
-            )
+            ready: list[str | Part] = []
+            for part in parts:
+                check()
+                ready.append(part if isinstance(part, str | SlicedPicture | Picture | Clip) else self.cut(part, options))
             result.append(Message(message["role"], tuple(ready)))
         return result
 
-    def cut(self, source: ImageSource | Video, options: Options) -> SlicedPicture | Clip:
+    def cut(self, source: ImageSource | Video, options: PictureOptions) -> SlicedPicture | Clip:
         """One picture or video."""
         return self.clip(source, options) if isinstance(source, Video) else self.slice(source, options)
 
-    def slice(self, source: ImageSource, options: Options) -> SlicedPicture:
+    def slice(self, source: ImageSource, options: PictureOptions) -> SlicedPicture:
         """One picture, cut into slices."""
         return slice_picture(
             source,
             self._manifest.image,
-            max_slice_nums=options.get("max_slice_nums"),
+            max_slice_nums=options.max_slice_nums,
             max_pixels=self._max_pixels,
-            downsample_mode=options.get("downsample_mode"),
-            small_image_upsize=options.get("small_image_upsize"),
+            downsample_mode=options.downsample_mode,
+            small_image_upsize=options.small_image_upsize,
         )
 
-    def clip(self, video: Video, options: Options) -> Clip:
+    def clip(self, video: Video, options: PictureOptions) -> Clip:
         """One video as pictures."""
         spec = self._manifest.video
         if spec is None:
             raise OptionError("this model takes pictures, but no videos")
-        limits = options.get("max_num_frames"), options.get("stack_frames")
+        limits = options.max_num_frames, options.stack_frames
         shown = moments(video, spec, max_num_frames=limits[0], stack_frames=limits[1], max_pixels=self._max_pixels)
-        if options.get("max_slice_nums") is None:
-            options = {**options, "max_slice_nums": spec.max_slice_nums}
+        if options.max_slice_nums is None:
+            options = replace(options, max_slice_nums=spec.max_slice_nums)
         packs = (pack([self.slice(frame, options) for frame in moment.frames], moment.times) for moment in shown)
         return Clip(name=video.name, frames=tuple(packs))
 
@@ -75,8 +79,22 @@ class Preparer:
         grids: list[Message[SliceGrid | ClipGrid]] = [
             Message(m.role, tuple(part if isinstance(part, str) else _grid(part) for part in m.parts)) for m in messages
         ]
-        use_image_id, thinking = options.get("use_image_id"), options.get("thinking", False)
-        return self._prompts.build(grids, use_image_id=use_image_id, thinking=thinking, answering=answering)
+        thinking = bool(options.thinking)
+        return self._prompts.build(grids, use_image_id=options.use_image_id, thinking=thinking, answering=answering)
+
+    def stops(self, prompt: Prompt, messages: Sequence[Message[Part]], options: Options) -> list[int]:
+        """Lengths of a prompt that later requests are likely to come back to, its end the last.
+
+        Another question about the same pictures goes on behind the last of them, the next turn of a conversation behind the
+        messages: the beginning of the assistant's part may be written otherwise when it is history.
+        """
+        if all(entry.grows for entry in self._manifest.cache):
+            return [len(prompt.ids)]  # any length will do
+        history = self.prompt(messages, options, answering=False).ids
+        limit = min(len(history), len(prompt.ids))
+        differing = np.flatnonzero(history[:limit] != prompt.ids[:limit])
+        stable, places = int(differing[0]) if len(differing) else limit, prompt.visual_positions
+        return sorted({int(places[-1]) + 1 if len(places) else 0, stable, len(prompt.ids)} - {0})
 
     def room(self, prompt: Prompt) -> int:
         """Tokens that fit behind the prompt."""

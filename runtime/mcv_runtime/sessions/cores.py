@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-_ROOT = Path("/")
+ROOT = Path("/")
 
 
-def default_threads(root: Path = _ROOT) -> int:
+def default_threads(root: Path = ROOT) -> int:
     """One thread per physical core within the affinity mask and the cgroup's CPU quota; 0 (ONNX Runtime decides) if unknown.
 
     The quota is rounded down: all threads of a run wait for the one that is throttled.
@@ -22,7 +22,7 @@ def default_threads(root: Path = _ROOT) -> int:
     return min(cores, allowed) if cores else allowed
 
 
-def physical_cores(cpus: Iterable[int], root: Path = _ROOT) -> int:
+def physical_cores(cpus: Iterable[int], root: Path = ROOT) -> int:
     """Physical cores behind logical ones."""
     cores = set()
     for cpu in cpus:
@@ -33,13 +33,13 @@ def physical_cores(cpus: Iterable[int], root: Path = _ROOT) -> int:
     return len(cores)
 
 
-def cpu_quota(root: Path = _ROOT) -> float | None:
+def cpu_quota(root: Path = ROOT) -> float | None:
     """CPUs' worth of time that the cgroup, or one above it, allows; None: no limit. Both versions of cgroups."""
-    quotas = [quota for folder in _cgroup_folders(root) if (quota := _folder_quota(folder)) is not None]
+    quotas = [quota for folder in cgroup_folders(root, "cpu") if (quota := _folder_quota(folder)) is not None]
     return min(quotas, default=None)
 
 
-def _cgroup_folders(root: Path) -> Iterator[Path]:
+def cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     """This process's cgroup and all above it, as far as they are visible."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -51,8 +51,8 @@ def _cgroup_folders(root: Path) -> Iterator[Path]:
         controllers, _, path = rest.partition(":")
         if not controllers:
             bases = [mounts, mounts / "unified"]
-        elif "cpu" in controllers.split(","):
-            bases = [mounts / controllers, mounts / "cpu"]
+        elif controller in controllers.split(","):
+            bases = [mounts / controllers, mounts / controller]
         else:
             continue
         parts = [part for part in PurePosixPath(path).parts if part != "/"]

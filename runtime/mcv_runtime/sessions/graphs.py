@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -102,9 +102,10 @@ class GraphSessions:
                 self._opened[name] = self._open(name)
             return self._opened[name]
 
-    def held(self, name: GraphName) -> AbstractContextManager[None]:
-        """For as long as it lasts, the graphs that work with `name` stay open; here they do anyway."""
-        return nullcontext()
+    def close(self) -> None:
+        """Let go of all sessions."""
+        with self._lock:
+            self._opened.clear()
 
     def _open(self, name: GraphName) -> Session:
         return GuardedSession(open_session(self._bundle.graph(name), self._options, self._factory), name)

@@ -12,6 +12,7 @@ from mcv_runtime.sessions.graphs import Session, SessionFactory, cpu_session
 
 _SUFFIX = "ExecutionProvider"
 CPU = "cpu"
+_DEVICES = {"cuda": "cuda", "tensorrt": "cuda", "rocm": "cuda", "migraphx": "cuda", "dml": "dml", "cann": "cann"}
 
 
 def provider_session(provider: str = CPU) -> SessionFactory:
@@ -37,6 +38,11 @@ def provider_session(provider: str = CPU) -> SessionFactory:
         return opened
 
     return open_there
+
+
+def device_of(provider: str) -> str | None:
+    """The device on which a provider's graphs keep their tensors, as ONNX Runtime calls it; None: in the machine's memory."""
+    return _DEVICES.get(provider.strip().lower())
 
 
 def _short(name: str) -> str:

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mcv_runtime.bundle.manifest import GraphName, Manifest
-from mcv_runtime.errors import OptionError, ResourceError
+from mcv_runtime.errors import ResourceError, RunError
 from mcv_runtime.pictures.picture import Picture, SlicedPicture
 from mcv_runtime.progress import Report, silent
 from mcv_runtime.sessions.graphs import Session
 from mcv_runtime.vision.picture_cache import Embeds, PictureCache
-from mcv_runtime.vision.slice_batches import VISION_MEMORY_MB, BatchPace, BatchSlices, Cell, grouped, slice_bytes
+from mcv_runtime.vision.slice_batches import VISION_MEMORY_BYTES, BatchPace, BatchSlices, Cell, grouped, slice_bytes
 from mcv_runtime.vision.tower import Tower
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_WAIT_S = 0.1
-"""How often who waits for another thread's picture looks whether to go on."""
-
 
 class VisionEncoder:
-    """Encodes the pictures of a request: each once, its slices in an order and in batches that suit the machine.
+    """Encodes the pictures of requests: each once, its slices in an order and in batches that suit the machine.
 
-    Threads may share an encoder. Their batches take turns, so that the memory is that of one; a picture that one thread
-    is encoding is waited for by the others. `hold` surrounds the work on a request's slices.
+    One thread at a time may use an encoder.
     """
 
     def __init__(
@@ -43,102 +36,109 @@ class VisionEncoder:
         cache: PictureCache | None = None,
         identity: str = "",
         batch_slices: BatchSlices = "auto",
-        memory_mb: float = VISION_MEMORY_MB,
-        hold: Callable[[], AbstractContextManager[None]] = nullcontext,
+        memory_bytes: int = VISION_MEMORY_BYTES,
     ) -> None:
-        """`identity`: of the graphs; `batch_slices`: in one run of the tower, but no more than `memory_mb` are enough for."""
+        """`identity`: of the graphs; `batch_slices`: in one run of the tower, but only as many as `memory_bytes` hold."""
         BatchPace(batch_slices, 1)  # complains now
-        if not memory_mb > 0:
-            raise OptionError(f"vision_memory_mb must be above 0, not {memory_mb}")
         self._image = manifest.image
         self._tokens_per_slice = manifest.placeholder.tokens_per_slice
         self._hidden = manifest.hidden_size
         self._tower = Tower(sessions, manifest)
         self.cache = PictureCache() if cache is None else cache
-        self._identity = identity
-        self._batch_slices, self._memory_bytes = batch_slices, int(memory_mb * 1e6)
-        self._hold = hold
+        self.identity = identity
+        self._batch_slices, self._memory_bytes = batch_slices, memory_bytes
         self._paces: dict[Hashable, BatchPace] = {}
-        self._turn = threading.Lock()
+        self._claimed: set[str] = set()
 
     def encode(self, pictures: Sequence[SlicedPicture | Picture], progress: Report | None = None) -> tuple[Picture, ...]:
-        """All pictures of one request, those encoded before left as they are.
+        """All pictures of one request at once; see `encoding`."""
+        encoding = self.encoding(pictures, silent if progress is None else progress)
+        while True:
+            try:
+                next(encoding)
+            except StopIteration as end:
+                encoded: tuple[Picture, ...] = end.value
+                return encoded
 
-        Together, because some towers pad every slice to the request's longest one, and see the padding. `progress` hears of
-        slices and pictures; what it raises ends the encoding. Raises `ResourceError`, `RunError`.
+    def encoding(
+        self,
+        pictures: Sequence[SlicedPicture | Picture],
+        report: Report = silent,
+        at_once: Callable[[], int] = lambda: 1 << 30,
+    ) -> Generator[int, None, tuple[Picture, ...]]:
+        """All pictures of one request, those encoded before left as they are; yields after each batch how many slices it had.
+
+        Several may be under way in turns: for a picture that one of them makes the others wait, and yield 0. Together, because
+        some towers pad every slice to the request's longest one, and see the padding. `report` hears of slices and pictures,
+        `at_once` is asked how many slices the next batch may have. Raises `ResourceError`, `RunError`.
         """
-        report = silent if progress is None else progress
         sizes = [size for picture in pictures if isinstance(picture, SlicedPicture) for size in picture.grid.sizes]
         longest = max((width * height // self._image.patch_size**2 for width, height in sizes), default=0)
         keys = [p.fingerprint if isinstance(p, Picture) else self._key(p, longest) for p in pictures]
         wanted = {key: p for key, p in zip(keys, pictures, strict=True) if isinstance(p, SlicedPicture)}
-        embeds = self._embeds(wanted, longest, report)
+        found: dict[str, Embeds] = {}
+        while missing := self._missing(wanted, found, report):
+            free = {key: picture for key, picture in missing.items() if key not in self._claimed}
+            if not free:
+                yield 0
+                continue
+            self._claimed |= free.keys()
+            try:
+                for key, embeds, slices in self._made(free, longest, report, at_once):
+                    if embeds is not None:
+                        self.cache.put(key, embeds)
+                        found[key] = embeds
+                        report("pictures", len(found), len(wanted))
+                    if slices:
+                        yield slices
+            finally:
+                self._claimed -= free.keys()
         return tuple(
-            p if isinstance(p, Picture) else Picture(name=p.name, size=p.size, grid=p.grid, embeds=embeds[key], fingerprint=key)
+            p
+            if isinstance(p, Picture)
+            else Picture(name=p.name, size=p.size, grid=p.grid, embeds=found[key], fingerprint=key, graphs=self.identity)
             for key, p in zip(keys, pictures, strict=True)
         )
 
+    def _missing(
+        self, wanted: Mapping[str, SlicedPicture], found: dict[str, Embeds], report: Report
+    ) -> dict[str, SlicedPicture]:
+        """What is neither `found` nor in the cache, from which `found` is filled."""
+        for key in wanted.keys() - found.keys():
+            if (known := self.cache.get(key, self._hidden)) is not None:
+                found[key] = known
+                report("pictures", len(found), len(wanted))
+        return {key: picture for key, picture in wanted.items() if key not in found}
+
     def _key(self, picture: SlicedPicture, longest: int) -> str:
         seen = longest if self._image.positions == "strip" else 0
-        return hashlib.sha256(f"{picture.fingerprint} {self._identity} {seen}".encode()).hexdigest()
+        return hashlib.sha256(f"{picture.fingerprint} {self.identity} {seen}".encode()).hexdigest()
 
-    def _embeds(self, wanted: Mapping[str, SlicedPicture], longest: int, report: Report) -> dict[str, Embeds]:
-        """Each picture from the cache, from another thread that is at it, or made here."""
-        found: dict[str, Embeds] = {}
-
-        def finish(key: str, embeds: Embeds) -> None:
-            found[key] = embeds
-            report("pictures", len(found), len(wanted))
-
-        missing = list(wanted)
-        while missing:
-            mine: list[str] = []
-            promised: dict[str, Future[Embeds]] = {}
-            try:
-                for key in missing:
-                    known = self.cache.claim(key)
-                    if known is None:
-                        mine.append(key)
-                    elif isinstance(known, Future):
-                        promised[key] = known
-                    else:
-                        finish(key, known)
-                if mine:
-                    self._encode({key: wanted[key] for key in mine}, longest, report, finish)
-            finally:
-                self.cache.release(mine)  # what was not made
-            for key, promise in promised.items():  # only now: two threads that wait first could wait for each other
-                embeds = _awaited(promise, lambda: report("pictures", len(found), len(wanted)))
-                if embeds is not None:
-                    finish(key, embeds)
-            missing = [key for key in promised if key not in found]  # their thread gave up
-        return found
-
-    def _encode(
-        self, pictures: Mapping[str, SlicedPicture], longest: int, report: Report, finish: Callable[[str, Embeds], None]
-    ) -> None:
-        """Make all pictures, put each into the cache as soon as it is complete, and `finish` it."""
+    def _made(
+        self, pictures: Mapping[str, SlicedPicture], longest: int, report: Report, at_once: Callable[[], int]
+    ) -> Iterator[tuple[str, Embeds | None, int]]:
+        """Pictures as they are complete, and after each batch how many slices it had."""
         cells = {key: self._cells(key, picture) for key, picture in pictures.items()}
         left = {key: len(of_picture) for key, of_picture in cells.items()}
         made = {key: np.empty((sum(c.tokens for c in some), self._hidden), np.float32) for key, some in cells.items()}
         everything = [cell for some in cells.values() for cell in some]
         done, total = 0, sum(len(cell.frames) for cell in everything)
-        with self._hold():
+        if total:
             report("slices", done, total)
-            for group in grouped(everything):
-                while group:
-                    batch, embeds = self._run_batch(group, longest)
-                    for cell, tokens in zip(batch, embeds, strict=True):
-                        made[cell.picture][cell.start : cell.start + cell.tokens] = tokens
-                        left[cell.picture] -= 1
-                    group = group[len(batch) :]
-                    done += sum(len(cell.frames) for cell in batch)
-                    report("slices", done, total)
-                    for key in dict.fromkeys(cell.picture for cell in batch):
-                        if not left[key]:
-                            embeds_of_picture = made.pop(key)
-                            self.cache.put(key, embeds_of_picture)
-                            finish(key, embeds_of_picture)
+        for group in grouped(everything):
+            while group:
+                batch, embeds = self._run_batch(group, longest, at_once())
+                for cell, tokens in zip(batch, embeds, strict=True):
+                    made[cell.picture][cell.start : cell.start + cell.tokens] = tokens
+                    left[cell.picture] -= 1
+                group = group[len(batch) :]
+                slices = sum(len(cell.frames) for cell in batch)
+                done += slices
+                report("slices", done, total)
+                for key in dict.fromkeys(cell.picture for cell in batch):
+                    if not left[key]:
+                        yield key, made.pop(key), 0
+                yield "", None, slices
 
     def _cells(self, key: str, picture: SlicedPicture) -> list[Cell]:
         shapes, count = picture.grid.token_shapes, len(picture.grid.sizes)
@@ -152,28 +152,29 @@ class VisionEncoder:
             start += tokens
         return cells
 
-    def _run_batch(self, group: Sequence[Cell], longest: int) -> tuple[Sequence[Cell], NDArray[np.float32]]:
+    def _run_batch(self, group: Sequence[Cell], longest: int, at_once: int) -> tuple[Sequence[Cell], NDArray[np.float32]]:
         """The first cells of a group, as many as are taken at once, and their visual tokens [cells, tokens, hidden]."""
         frames = len(group[0].frames)
-        with self._turn:
-            pace = self._pace(group[0], longest)
-            while True:
-                size = pace.next(len(group) if frames == 1 else frames)
-                batch = group[:size] if frames == 1 else group[:1]
-                start = pace.clock()
-                try:
-                    embeds = self._tower.encode(batch, size, longest)
-                except MemoryError as error:
-                    if size == 1:
-                        width, height = group[0].size
-                        raise ResourceError(
-                            f"there is not enough memory to encode a slice of {width} x {height} pixels;"
-                            " end other programs, or use low_memory or a smaller model"
-                        ) from error
-                else:
-                    pace.took(size, (pace.clock() - start) / (len(batch) * frames))
-                    return batch, embeds
-                pace.failed(size)  # here, where nothing holds on to the memory of the attempt
+        pace = self._pace(group[0], longest)
+        while True:
+            size = min(pace.next(len(group) if frames == 1 else frames), at_once)
+            batch = group[:size] if frames == 1 else group[:1]
+            start = pace.clock()
+            try:
+                embeds = self._tower.encode(batch, size, longest)
+            except MemoryError as error:
+                if size == 1:
+                    width, height = group[0].size
+                    raise ResourceError(
+                        f"there is not enough memory to encode a slice of {width} x {height} pixels;"
+                        " end other programs, or use low_memory or a smaller model"
+                    ) from error
+            else:
+                pace.took(size, (pace.clock() - start) / (len(batch) * frames))
+                if not np.isfinite(embeds).all():
+                    raise RunError("the tower gave numbers that are none (NaN or infinity); its weights are damaged")
+                return batch, embeds
+            pace.failed(size)  # here, where nothing holds on to the memory of the attempt
 
     def _pace(self, cell: Cell, longest: int) -> BatchPace:
         width, height = cell.size
@@ -185,14 +186,3 @@ class VisionEncoder:
             most = self._memory_bytes // slice_bytes(self._tower.graph(cell.mode), patches)
             self._paces[key] = BatchPace(self._batch_slices, most)
         return self._paces[key]
-
-
-def _awaited(promise: Future[Embeds], check: Callable[[], object]) -> Embeds | None:
-    """What another thread has promised, or None if it gave up; `check` may end the waiting."""
-    while True:
-        try:
-            return promise.result(timeout=_WAIT_S)
-        except CancelledError:
-            return None
-        except TimeoutError:
-            check()

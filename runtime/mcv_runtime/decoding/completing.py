@@ -1,7 +1,8 @@
-"""An answer in the making: it chooses its tokens, keeps its text and knows when it is done."""
+"""A completion in the making: it takes its tokens, keeps its text and knows when it is done."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from mcv_runtime.choosing.constraints import Constraint
 from mcv_runtime.choosing.sampling import Sampler
 from mcv_runtime.choosing.stop_strings import StopStrings
+from mcv_runtime.errors import RunError
 from mcv_runtime.request.answer import Completion, StopReason
 from mcv_runtime.request.options import Settings
 from mcv_runtime.text.tokens import AnswerText, TextTokenizer
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class Row:
-    """One answer; of several to one prompt, number `index`."""
+class PartialCompletion:
+    """One completion of a prompt as far as it is; `hidden` ids never become text."""
 
     def __init__(
         self,
@@ -39,19 +41,19 @@ class Row:
         self._stops = StopStrings(settings.stop)
         self._logprobs: list[float] = []
 
-    def choose(self, logits: NDArray[np.float32]) -> str:
-        """Take the next token from `logits` [vocab]; the text that may be given out now."""
-        allowed = logits if self._constraint is None else self._constraint.mask(logits)
+    def choose(self, logits_V: NDArray[np.float32]) -> str:
+        """Take the next token from logits [vocab]; the text that may be given out now."""
+        allowed = logits_V if self._constraint is None else self._constraint.mask(logits_V)
         token = self._sampler.draw(allowed, self.tokens)
         if self._constraint is not None:
             self._constraint.advance(token)
-        if self._settings.logprobs:
-            self._logprobs.append(log_probability(logits, token))
-        return self.accept(token)
+        logprob = log_probability(logits_V, token) if self._settings.logprobs else 0.0
+        return self.accept(token, logprob)
 
-    def accept(self, token: int) -> str:
-        """Take `token`, whoever chose it."""
+    def accept(self, token: int, logprob: float) -> str:
+        """Take `token`, whoever chose it, with its log-probability under the model."""
         self.tokens.append(token)
+        self._logprobs.append(logprob)
         piece = self._stops.push(self._visible.push(token))
         if token in self._settings.stop_ids or self._stops.reached or (self._constraint is not None and self._constraint.done):
             self.reason = "stop"
@@ -71,11 +73,8 @@ class Row:
         self.text += piece
         return piece
 
-    def add_logprobs(self, logprobs: list[float]) -> None:
-        """Those of tokens that were accepted."""
-        self._logprobs += logprobs
-
     def completion(self, score: float | None = None) -> Completion:
+        """What it has become."""
         assert self.reason is not None
         logprobs = tuple(self._logprobs) if self._settings.logprobs else None
         return Completion(text=self.text, tokens=tuple(self.tokens), stop_reason=self.reason, logprobs=logprobs, score=score)
@@ -84,7 +83,14 @@ class Row:
         return self._stops.push(self._visible.finish()) + self._stops.finish()
 
 
-def log_probability(logits: NDArray[np.float32], token: int) -> float:
+def log_probability(logits_V: NDArray[np.float32], token: int) -> float:
     """Of `token` under the model: log-softmax in float64."""
-    shifted = logits.astype(np.float64) - logits.max()
+    shifted = logits_V.astype(np.float64) - logits_V.max()
     return float(shifted[token] - np.log(np.exp(shifted).sum()))
+
+
+def check_logits(logits: NDArray[np.float32]) -> None:
+    """Raise `RunError` for logits [rows, vocab] that say nothing: NaN, infinity, or all ruled out."""
+    best = logits.max(axis=-1, initial=-math.inf)  # NaN wins
+    if not np.isfinite(best).all():
+        raise RunError("the decoder gave numbers that are none (NaN or infinity); its weights or a picture's are damaged")

@@ -1,0 +1,528 @@
+"""One loop for every request: a token for each row that runs, then one long thing, and again.
+
+A long thing is a batch of slices or a piece of a prompt, so short that those who wait for their next token hardly notice. There
+is no thread of its own: whoever waits for something, and finds nobody at work, does the work for all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from mcv_runtime.decoding.completing import check_logits
+from mcv_runtime.decoding.decoder import Decoder
+from mcv_runtime.decoding.job import Job
+from mcv_runtime.decoding.slots import Row, Slots, prompt_keys
+from mcv_runtime.errors import OptionError, ResourceError, RunError
+from mcv_runtime.pictures.picture import SlicedPicture
+from mcv_runtime.request.answer import Answer, Completion, StopReason
+from mcv_runtime.vision.encoder import VisionEncoder
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_BESIDE_S, _ALONE_S = 0.4, 4.0
+"""How long a piece of a prompt may take: while others wait for their next token, and while nobody does."""
+_FIRST_CHUNK = 64
+"""Tokens of the first piece, which shows how fast this machine reads."""
+_SMALLEST_CHUNK = 16
+_POLL_S = 0.05
+"""How often who waits for another thread's work looks whether to go on."""
+
+
+class Scheduler:
+    """Threads may share it; between two turns every request can come, go, or be cancelled."""
+
+    def __init__(
+        self, vision: VisionEncoder, decoder: Decoder, slots: Slots, *, max_rows: int, sides_exclude: bool = False
+    ) -> None:
+        """`max_rows`: how many rows decode together; `sides_exclude`: tower and decoder cannot be open at the same time."""
+        if max_rows < 1:
+            raise OptionError(f"max_rows must be at least 1, not {max_rows}")
+        self.slots = slots
+        self._vision, self.decoder = vision, decoder
+        self._max_rows, self._sides_exclude = max_rows, sides_exclude
+        self._waiting: deque[Job] = deque()
+        self._active: list[Job] = []  # the oldest first
+        self._changed = threading.Condition()
+        self._worker: int | None = None  # the thread that is at work
+        self._closed = False
+        self._awaited: set[Job] = set()
+        self._awaited_by = False
+        self._long_is_due = False
+        self._oldest_is_due = True
+        self._side: Literal["vision", "decoder"] = "vision"
+        self._token_s: float | None = None  # of a prompt, as measured
+        self._slice_s = 0.0
+
+    def submit(self, job: Job) -> None:
+        """Take a request; raises `ResourceError` for one that never fits, `RunError` once closed."""
+        need = job.rows_needed * self.slots.need(job.tokens) if job.prompt is not None else 0
+        if need > self.slots.limit:
+            raise ResourceError(
+                f"{job.rows_needed * job.tokens:,} tokens of keys and values take {need / 1e6:,.0f} MB, and memory_mb leaves"
+                f" {self.slots.limit / 1e6:,.0f}; raise it, or ask for fewer tokens or answers"
+            )
+        with self._changed:
+            if self._closed:
+                raise RunError("the engine was closed")
+            self._waiting.append(job)
+            self._changed.notify_all()
+
+    def wait(self, ready: Callable[[], bool], give_up: Callable[[], bool] | None = None) -> None:
+        """Return when `ready`, or when `give_up`; work on whatever there is until then, if nobody else does."""
+        while True:
+            with self._changed:
+                while not ready() and self._worker is not None:
+                    if self._worker == threading.get_ident():
+                        raise OptionError("the engine is at work in this very thread; ask it when that has returned")
+                    if give_up is not None and give_up():
+                        return
+                    self._changed.wait(None if give_up is None else _POLL_S)
+                if ready() or (give_up is not None and give_up()):
+                    return
+                self._worker = threading.get_ident()
+            try:
+                idle = not self._turn()
+            finally:
+                self._rest()
+            if idle:
+                with self._changed:  # only another thread can change anything now
+                    if not ready() and self._worker is None and not self._waiting:
+                        self._changed.wait(_POLL_S)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Nobody steps meanwhile: for work on what requests share."""
+        with self._changed:
+            if self._worker == threading.get_ident():
+                raise OptionError("the engine is at work in this very thread; ask it when that has returned")
+            self._changed.wait_for(lambda: self._worker is None)
+            self._worker = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._rest()
+
+    def work_for(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
+        """See to it that a thread of the loop's executor works until the job is done; one for all that are awaited."""
+        with self._changed:
+            self._awaited.add(job)
+            if self._awaited_by:
+                return
+            self._awaited_by = True
+        loop.run_in_executor(None, self._work_for_awaited)
+
+    def _work_for_awaited(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._awaited = {job for job in self._awaited if not job.done}
+                    if not self._awaited:
+                        self._awaited_by = False
+                        return
+                    job = next(iter(self._awaited))
+                self.wait(lambda job=job: job.done)  # type: ignore[misc]
+        except BaseException:
+            with self._changed:
+                self._awaited_by = False
+                awaited, self._awaited = self._awaited, set()
+            for job in awaited:
+                _wake(job)  # they look for another thread
+            raise
+
+    def close(self) -> None:
+        """End all requests with an error, and take no more."""
+        with self.exclusive():
+            self._closed = True
+            for job in [*self._active, *self._waiting]:
+                self._fail(job, RunError("the engine was closed"))
+            self._waiting.clear()
+
+    @property
+    def load(self) -> tuple[int, int, int]:
+        """Requests that decode, that are encoded or read, and that wait."""
+        with self._changed:
+            decoding = sum(job.decoding for job in self._active)
+            return decoding, len(self._active) - decoding, len(self._waiting)
+
+    def _rest(self) -> None:
+        with self._changed:
+            self._worker = None
+            self._changed.notify_all()
+
+    def _turn(self) -> bool:
+        """A token for every row, or one long thing; whether there was anything to do."""
+        self._deliver()  # what an interrupt may have kept from being delivered
+        self._sweep()
+        self._activate()
+        running = [job for job in self._active if job.decoding]
+        if running and not self._long_is_due and self._may_decode():
+            self._long_is_due = True
+            self._decode(running)
+            return True
+        self._long_is_due = False
+        for job in self._candidates():
+            if self._advance(job, beside=bool(running)):
+                return True
+        if running:
+            self._decode(running)
+        return bool(running)
+
+    def _sweep(self) -> None:
+        """End what was cancelled, given up or is late."""
+        for job in list(self._active):
+            if reason := job.ending():
+                self._end(job, reason)
+        with self._changed:
+            over = [job for job in self._waiting if job.ending()]
+            for job in over:
+                self._waiting.remove(job)
+        for job in over:
+            if reason := job.ending():
+                self._end(job, reason)
+
+    def _activate(self) -> None:
+        """Begin with those who have waited longest, as long as their rows fit beside the others."""
+        with self._changed:
+            rows = sum(job.rows_needed for job in self._active)
+            while self._waiting and (not self._active or rows + self._waiting[0].rows_needed <= self._max_rows):
+                job = self._waiting.popleft()
+                rows += job.rows_needed
+                job.patience.resume()
+                self._active.append(job)
+        for job in list(self._active):
+            if job.encoding is None and job.encoded is None:
+                job.slices_left = sum(len(one.slices) for one in job.pictures if isinstance(one, SlicedPicture))
+                job.encoding = self._vision.encoding(job.pictures, job.report, self._slices_at_once)
+                if job.prompt is not None:
+                    self._begin_deciding(job)
+
+    def _slices_at_once(self) -> int:
+        """One while somebody waits for a token."""
+        return 1 if any(job.decoding for job in self._active) else 1 << 30
+
+    def _begin_deciding(self, job: Job) -> None:
+        assert job.steps is not None
+        try:
+            job.deciding = job.steps(job.emit)
+            job.want = next(job.deciding)
+        except Exception as error:
+            self._fail(job, error)
+
+    # Decoding
+
+    def _decode(self, jobs: Sequence[Job]) -> None:
+        """Read what every job wants, those with one token a row together, and hand out the logits."""
+        together = [job for job in jobs if job.lookup is None]
+        start = time.perf_counter()
+        tokens: dict[Row, int] = {}
+        for job in together:
+            try:
+                self._arrange(job)
+            except Exception as error:
+                self._fail(job, error)
+            else:
+                assert job.want is not None
+                tokens |= {row: wanted[0] for row, wanted in zip(job.rows, job.want.tokens, strict=True)}
+        logits = self._step(tokens)
+        seconds = time.perf_counter() - start
+        for job in together:
+            if not job.done:
+                job.took("decode", seconds)
+                self._take(job, [logits[row] for row in job.rows])
+        for job in jobs:
+            if job.lookup is not None and not job.done:
+                start = time.perf_counter()
+                try:
+                    job.got = self._read_alone(job)
+                except Exception as error:
+                    self._fail(job, error)
+                job.took("decode", time.perf_counter() - start)
+        self._deliver()
+
+    def _step(self, tokens: dict[Row, int]) -> dict[Row, NDArray[np.float32] | Exception]:
+        """Logits [vocab] for every row; where rows cannot run together, each runs by itself and fails by itself."""
+        found: dict[Row, NDArray[np.float32] | Exception] = {}
+        for rows in self.slots.ranges(tokens) if tokens else ():
+            try:
+                found |= zip(rows, self.decoder.step(self.slots, rows, [tokens[row] for row in rows]), strict=True)
+            except Exception as error:
+                for row in rows:
+                    try:
+                        found[row] = error if len(rows) == 1 else self.decoder.step(self.slots, [row], [tokens[row]])[0]
+                    except Exception as own:
+                        found[row] = own
+        return found
+
+    def _take(self, job: Job, found: Sequence[NDArray[np.float32] | Exception]) -> None:
+        logits = []
+        for one in found:
+            if isinstance(one, Exception):
+                self._fail(job, one)
+                return
+            logits.append(one)
+        job.got = np.stack(logits)
+
+    def _read_alone(self, job: Job) -> NDArray[np.float32]:
+        """Read several tokens of a job's only row; logits [tokens, vocab] of what follows each."""
+        assert job.want is not None
+        wanted, again = list(job.want.tokens[0]), job.again
+        if not wanted and not again:
+            return np.empty((0, 0), np.float32)
+        places = range(len(again), len(again) + len(wanted))
+        logits = self.decoder.read(self.slots, job.rows[0], [*again, *wanted], wanted=places)
+        job.again = []
+        return logits
+
+    def _arrange(self, job: Job) -> None:
+        """Give a job's rows the beginnings that it wants: of several that go on from one, all but the first are copies."""
+        assert job.want is not None and job.prompt is not None
+        parents, rows = job.want.parents, job.rows
+        if list(parents) == list(range(len(rows))):
+            return
+        left = {index: row for index, row in enumerate(rows) if index not in parents}
+        spare = list(left.values())
+        arranged: list[Row | None] = []
+        seen: set[int] = set()
+        for parent in parents:
+            arranged.append(None if parent in seen else rows[parent])
+            seen.add(parent)
+        for place, parent in enumerate(parents):
+            if arranged[place] is not None:
+                continue
+            if spare:
+                row = spare.pop()
+                self.slots.replace(row, rows[parent], len(job.prompt.ids))
+            else:
+                row = self.slots.fork(rows[parent], job.tokens)
+                job.rows = [*job.rows, row]  # so that it is not lost if the next one fails
+            arranged[place] = row
+        for row in spare:
+            self.slots.drop(row)
+        job.rows = [row for row in arranged if row is not None]
+
+    def _deliver(self) -> None:
+        """Send logits to those who decide, and note what they want next."""
+        for job in [job for job in self._active if job.got is not None]:
+            got, job.got = job.got, None
+            assert got is not None
+            self._send(job, got)
+
+    def _send(self, job: Job, got: NDArray[np.float32] | StopReason) -> None:
+        assert job.deciding is not None
+        before = len(job.pieces)
+        try:
+            if not isinstance(got, str):
+                if got.size:
+                    check_logits(got)
+                job.note_token()
+            job.want = job.deciding.send(got)
+            if job.want.vain:
+                job.again = self.slots.undo(job.rows[0], job.want.vain)
+            job.sent += 1
+            job.report("answer", max(job.sent, job.emitted), 0)
+        except StopIteration as end:
+            self._finish(job, end.value)
+        except Exception as error:
+            self._fail(job, error)
+        except BaseException as error:
+            self._fail(job, RunError(f"the answer was interrupted by {type(error).__name__}"))
+            if not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):  # a library's panic
+                return
+            raise
+        if len(job.pieces) > before:
+            _wake(job)
+
+    # Long things
+
+    def _may_decode(self) -> bool:
+        """Where tower and decoder exclude each other: not before all that began are encoded."""
+        return not self._sides_exclude or self._side == "decoder"
+
+    def _candidates(self) -> list[Job]:
+        """Who may get the long thing, the most urgent first: in turns the oldest, and who has the least to do."""
+        jobs = [job for job in self._active if not job.decoding]
+        if self._sides_exclude:
+            jobs = self._on_one_side(jobs)
+        if not self._oldest_is_due and len(jobs) > 1:
+            jobs.sort(key=self._left)
+        return jobs
+
+    def _on_one_side(self, jobs: list[Job]) -> list[Job]:
+        """Of tower and decoder, the jobs of the one that is open, until it has no more to do."""
+        looking = [job for job in jobs if job.encoded is None]
+        reading = [job for job in jobs if job.encoded is not None]
+        busy = any(job.decoding or job.rows for job in self._active)
+        if self._side == "decoder" and looking and not busy:
+            self._side = "vision"
+        elif self._side == "vision" and not looking:
+            self._side = "decoder"
+        if self._side == "vision":
+            return looking
+        if looking:  # nobody who came later begins before them
+            reading = [job for job in reading if job.rows or self._active.index(job) < self._active.index(looking[0])]
+        return reading
+
+    def _left(self, job: Job) -> float:
+        """Seconds of work before a job's first token, about."""
+        read = job.rows[0].length if job.rows else 0
+        tokens = 0 if job.prompt is None else len(job.prompt.ids) - read
+        return job.slices_left * self._slice_s + tokens * (self._token_s or 0)
+
+    def _advance(self, job: Job, *, beside: bool) -> bool:
+        """One long thing for a job; False if there is no memory for it yet, or another one makes the same picture."""
+        start = time.perf_counter()
+        try:
+            if not (self._look(job) if job.encoded is None else self._read(job, beside=beside)):
+                return False
+        except Exception as error:
+            self._fail(job, error)
+        seconds = time.perf_counter() - start
+        for other in self._active:
+            if other is not job:
+                other.patience.pause(seconds)
+        self._oldest_is_due = not self._oldest_is_due
+        _wake(job)
+        return True
+
+    def _look(self, job: Job) -> bool:
+        """Encode the next batch of slices; False while another job makes the picture."""
+        assert job.encoding is not None
+        start = time.perf_counter()
+        try:
+            slices = next(job.encoding)
+        except StopIteration as end:
+            job.encoded, job.encoding, job.slices_left = end.value, None, 0
+            slices = 0
+        seconds = time.perf_counter() - start
+        job.took("vision", seconds)
+        if slices:
+            self._slice_s = seconds / slices
+            job.slices_left -= slices
+        if job.encoded is not None and job.prompt is None:
+            self._finish(job, None)
+        return slices > 0 or job.encoded is not None
+
+    def _read(self, job: Job, *, beside: bool) -> bool:
+        """Read the next piece of a prompt; False if there is no memory for it yet."""
+        assert job.prompt is not None and job.encoded is not None
+        start = time.perf_counter()
+        if not job.rows and not self._begin_reading(job):
+            return False
+        (row,) = job.rows
+        assert job.keys is not None and job.embeds is not None
+        prompt, first = job.prompt, row.length
+        stop = next(stop for stop in job.stops if stop > first)
+        end = min(stop, first + self._chunk(job, beside=beside))
+        places = prompt.visual_positions
+        from_, to = np.searchsorted(places, (first, end))
+        logits = self.decoder.read(
+            self.slots,
+            row,
+            prompt.ids[first:end],
+            job.embeds[from_:to],
+            places[from_:to] - first,
+            keys=job.keys[:, first:end],
+            wanted=(-1,) if end == len(prompt.ids) else (),
+        )
+        if end == stop:
+            self.slots.checkpoint(row)
+        seconds = time.perf_counter() - start
+        self._token_s = seconds / (end - first)
+        job.took("prefill", seconds)
+        job.report("prompt", end, len(prompt.ids))
+        if end == len(prompt.ids):
+            job.embeds = job.keys = None
+            job.got = logits
+            self._deliver()
+        return True
+
+    def _begin_reading(self, job: Job) -> bool:
+        """Find or make the row; False if there is no memory for it yet."""
+        assert job.prompt is not None and job.encoded is not None
+        if job.keys is None:
+            job.keys = prompt_keys(job.prompt, job.encoded)
+            job.embeds = self.decoder.visual_tokens(job.encoded)
+        row = self.slots.admit(job.keys, job.tokens, job.rows_needed, job.own)
+        if row is None:
+            return False
+        job.rows, job.reused = [row], row.length
+        return True
+
+    def _chunk(self, job: Job, *, beside: bool) -> int:
+        """How many tokens of a prompt to read now."""
+        if self._token_s is None:
+            return min(_FIRST_CHUNK, job.chunk)
+        fit = int((_BESIDE_S if beside else _ALONE_S) / self._token_s)
+        return max(min(fit // _SMALLEST_CHUNK * _SMALLEST_CHUNK, job.chunk), min(_SMALLEST_CHUNK, job.chunk))
+
+    # Ends
+
+    def _end(self, job: Job, reason: StopReason) -> None:
+        """What there is of the answer is the answer."""
+        if job.prompt is None:
+            self._fail(job, RunError(f"encoding ended early: {reason}"))
+            return
+        if job.deciding is None:
+            self._begin_deciding(job)
+        if not job.done:
+            job.got = None
+            self._send(job, reason)
+
+    def _finish(self, job: Job, completions: Sequence[Completion] | None) -> None:
+        if completions is not None:
+            assert job.prompt is not None
+            best, *others = completions
+            drafted, accepted = (0, 0) if job.lookup is None else (job.lookup.drafted, job.lookup.accepted)
+            job.answer = Answer(
+                text=best.text,
+                tokens=best.tokens,
+                stop_reason=best.stop_reason,
+                logprobs=best.logprobs,
+                score=best.score,
+                prompt_tokens=tuple(job.prompt.ids.tolist()),
+                pictures=job.encoded or (),
+                timings=job.timings,
+                reused_tokens=job.reused,
+                drafted=drafted,
+                accepted=accepted,
+                alternatives=tuple(others),
+            )
+        self._close_job(job)
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        """An error of one request, and of no other."""
+        if not job.done:
+            job.error = error
+            self._close_job(job)
+
+    def _close_job(self, job: Job) -> None:
+        if job in self._active:
+            self._active.remove(job)
+        for generator in (job.encoding, job.deciding):
+            if generator is not None:
+                generator.close()
+        job.encoding, job.got, job.embeds, job.keys = None, None, None, None
+        for row in job.rows[1:]:
+            self.slots.drop(row)
+        if job.rows:
+            if job.owner is not None:
+                job.rows[0].owners.add(job.owner)
+            self.slots.keep(job.rows[0])
+        job.owner = job.own = None
+        job.given_up = job.abandoned
+        job.done = True
+        _wake(job)
+
+
+def _wake(job: Job) -> None:
+    for waker in job.wakers:
+        waker()
