@@ -108,16 +108,15 @@ def looked_up(
         logits = yield NextRead([token, *guesses], vain)
         if logits is None:
             return
-        right = 0
+        right, vain = 0, len(guesses)
         token, more = chosen(logits[0])
         while right < len(guesses) and token == guesses[right]:
             right += 1
-            if not more:
+            if not more:  # a guess that ends the answer is right, but greedy decoding never reads it
                 break
+            vain -= 1
             token, more = chosen(logits[right])
         if guesses:
             lookup.note(len(guesses), right)
-        # a guess that ends the answer is right, but nobody reads it
-        vain = len(guesses) - right + (not more and right > 0 and token == guesses[right - 1])
     if vain:
         yield NextRead([], vain)
