@@ -266,7 +266,7 @@ class _Counted:
 @pytest.mark.parametrize("dora", [False, True])
 def test_memory_is_that_of_a_block(dora: bool) -> None:
     """Merging a block takes its own size a few times and the adapter, however many rows the tensor has."""
-    rows, columns, rank, block = 65_536, 1_024, 8, 256
+    rows, columns, rank, block = 32_768, 512, 8, 128
     base = _Counted(rows, columns)
     lengths = _Counted(rows, 1) if dora else None
     merged = MergedTensor(base, None, [LowRank(_Counted(rank, columns), _Counted(rows, rank), 0.5, lengths)])
@@ -278,7 +278,7 @@ def test_memory_is_that_of_a_block(dora: bool) -> None:
     adapter = 4 * (rank * (rows + columns) + rows)
     assert base.most == block
     assert peak < 5 * 4 * block * columns + adapter
-    assert peak < 4 * rows * columns / 20, "the whole tensor was there"
+    assert peak < 4 * rows * columns / 10, "the whole tensor was there"
 
 
 @pytest.fixture

@@ -52,10 +52,6 @@ class AdapterFiles:
 
 def read_files(folder: Path) -> AdapterFiles:
     """Read the places of all tensors; raises `CheckpointError`."""
-    if not (folder / ADAPTER_CONFIG).is_file():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}")) if folder.is_dir() else []
-        hint = f"; did you mean {folder / inside[-1]}?" if inside else ""
-        raise CheckpointError(f"{folder} has no {ADAPTER_CONFIG}, so it is no adapter{hint}")
     for name in EXTENDED:
         if (folder / name).exists():
             raise CheckpointError(f"{folder / name} holds tokens that the base has not; resize the base's embeddings first")

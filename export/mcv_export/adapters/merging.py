@@ -28,12 +28,12 @@ def merge(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
     if not adapters:
         return checkpoint
     family = recognise(checkpoint.config)
-    read = [(adapter, read_files(adapter.folder), read_settings(adapter.folder)) for adapter in adapters]
+    read = [(adapter, read_settings(adapter.folder), read_files(adapter.folder)) for adapter in adapters]
     merger = _Merger(checkpoint, family.title, family.plan(checkpoint).ignored, tie_of(checkpoint))
-    merger.separate_head = any(merger.separates(settings) for _, _, settings in read)
-    for adapter, files, settings in read:
-        merger.add(adapter, settings, files)
-    return replace(merger.merged(), adapters=tuple(adapter.spec(files.paths) for adapter, files, _ in read))
+    merger.separate_head = any(merger.separates(settings) for _, settings, _ in read)
+    for one in read:
+        merger.add(*one)
+    return replace(merger.merged(), adapters=tuple(adapter.spec(files.paths) for adapter, _, files in read))
 
 
 @dataclass(slots=True)
@@ -160,9 +160,7 @@ class _Merger:
         if a.shape[0] != (rank := settings.rank_of(layer.wrapped)):
             self._refuse(adapter, f"{layer.name}.{first}", f"has rank {a.shape[0]}, but its {ADAPTER_CONFIG} says {rank}")
         scaling = settings.scaling(layer.wrapped) * adapter.weight
-        if (
-            layer.name == f"{layer.wrapped}.out_proj"
-        ):  # the projection inside an attention: PEFT adds it twice, in training and in merging
+        if layer.name == f"{layer.wrapped}.out_proj":  # inside an attention: PEFT adds it twice, in training and in merging
             scaling *= 2
         lengths = layer.parts.get("lora_magnitude_vector")
         self.deltas.setdefault(self._place(name), []).append(LowRank(a, b, scaling, lengths, embedding))
@@ -201,7 +199,8 @@ class _Merger:
         return tie.embedding if tie and name == tie.head and not self.separate_head else name
 
     def _refuse(self, adapter: Adapter, tensor: str, why: str) -> NoReturn:
-        raise CheckpointError(f"the adapter {adapter.name} cannot be merged: its tensor {tensor} {why}")
+        name = tensor if tensor.isprintable() else repr(tensor)
+        raise CheckpointError(f"the adapter {adapter.name} cannot be merged: its tensor {name} {why}")
 
 
 def _misfit(layer: Layer, base: CheckpointTensor) -> tuple[str, str] | None:

@@ -13,20 +13,28 @@ _MODEL = re.compile(
     r"(?:[-_ ]?v?(?P<major>\d)(?:[._](?P<minor>\d))?(?!\d))?",
     re.IGNORECASE,
 )
+_OTHERS = re.compile(
+    r"(?<![a-z])(qwen|llama|mistral|zephyr|vicuna|gemma|phi-?\d|intern(vl|lm)|llava|deepseek|(chat)?glm|yi-|smol|minicpm[-_]?\d)",
+    re.IGNORECASE,
+)
+"""Models that are often fine-tuned, among them those from which these families' language models were made."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_of_another_model(said: str | None, title: str, config: Mapping[str, Any]) -> bool:
-    """Whether a base's name or path (`said`) names a published model other than the family `title`.
+    """Whether a base's name or path (`said`) is that of a known model other than the family `title`.
 
-    A name that names none, as a user's own folder, says nothing.
+    Where the names and shapes of two models are the same, nothing else tells that an adapter is of the other one. A name that
+    is of none, as a user's own folder, says nothing.
     """
     here = _MODEL.search(title)
     if said is None or here is None:
         return False
     claims = [found for found in _MODEL.finditer(said) if found["major"] or _line(found) in ("ocr", "omnilmm")]
     if not claims:
-        return False
+        last = re.split(r"[/\\]", said.rstrip("/\\"))[-1]
+        place = said if re.fullmatch(r"[0-9a-f]{8,}", last) else last  # a snapshot in the hub's cache
+        return "minicpm" not in re.sub(r"minicpm[-_]?\d", "", place.lower()) and _OTHERS.search(place) is not None
     line, major, minor = _line(claims[-1]), claims[-1]["major"], claims[-1]["minor"]
     versions = set(re.findall(r"\d\.\d", title))
     if re.fullmatch(r"\d(\.\d)?", version := str(config.get("version"))):

@@ -98,6 +98,10 @@ class LoraSettings:
 def read_settings(folder: Path) -> LoraSettings:
     """Of an adapter's folder; raises `CheckpointError`."""
     where = folder / ADAPTER_CONFIG
+    if not where.is_file():
+        inside = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}")) if folder.is_dir() else []
+        hint = f"; did you mean {inside[-1]}?" if inside else ""
+        raise CheckpointError(f"{folder} has no {ADAPTER_CONFIG}, so it is no adapter{hint}")
     data = dict(read_json(where))
     take = data.pop
     kind = take("peft_type", None)

@@ -71,11 +71,14 @@ class LowRank:
             delta += values
             return delta
         lengths = matrix(self.lengths).reshape(-1)
-        if self.embedding:
-            factors = (lengths / self._column_norms(tensor))[None, :]
-        else:
-            norms = np.linalg.norm(original + delta, axis=1)
-            factors = (lengths[first : first + len(values)] / norms)[:, None]
+        with np.errstate(
+            divide="ignore", invalid="ignore"
+        ):  # a row of zeros has no direction: what comes of it is not a number
+            if self.embedding:
+                factors = (lengths / self._column_norms(tensor))[None, :]
+            else:
+                norms = np.linalg.norm(original + delta, axis=1)
+                factors = (lengths[first : first + len(values)] / norms)[:, None]
         delta += values
         delta *= factors
         return delta
