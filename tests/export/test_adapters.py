@@ -368,7 +368,7 @@ def test_a_report_and_its_gate_are_about_the_merged_model(
     tuned: tuple[Path, Path], golden_root: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     source = golden_root / "minicpmv2_6" / "checkpoint"
-    options = ("--precision", "q8", "--num-samples", 2, "--max-kl", 0.05)
+    options = ("--precision", "q8", "--num-samples", 2, "--max-kl", 0.3)
     code, _, said = run("build", source, tmp_path / "bundle", "--adapter", tuned[0], *options)
     assert code == 0, said
     code, _, said = run("report", tmp_path / "bundle", "--model", source, "--adapter", tuned[0], "--num-samples", 2)
