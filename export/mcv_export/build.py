@@ -19,8 +19,9 @@ from mcv_calibration.measured import NOTHING
 from mcv_calibration.recipe import Precision, Recipe
 from mcv_calibration.samples import SampleSet
 from mcv_export import config as cfg
+from mcv_export.adapters import Adapter, open_merged
 from mcv_export.calibrate import SampleOptions, calibrate
-from mcv_export.checkpoint import Checkpoint, open_checkpoint
+from mcv_export.checkpoint import Checkpoint
 from mcv_export.families import recognise
 from mcv_export.graph_files import DataFile, Progress, storage_of, write_graph, write_sharing_graph
 from mcv_export.int8_cache import add_int8_cache, int8_cache_spec
@@ -51,6 +52,8 @@ class BuildOptions:
     """Also make the tokenizer's graphs, for hosts without Python."""
     int8_cache: bool = False
     """Also make a decoder graph that keeps its cache in 8 bits."""
+    adapters: tuple[Adapter, ...] = ()
+    """Fine-tunes to merge, in this order."""
 
     def chosen(self) -> Recipe:
         """The recipe, given or made of the simpler options; raises `OptionError`."""
@@ -106,7 +109,7 @@ def build(
     if out.exists() and not options.force:
         raise OutputError(f"{out} exists; choose another folder, or replace it with --force")
     wanted = options.chosen()
-    checkpoint = open_checkpoint(checkpoint_folder)
+    checkpoint = open_merged(checkpoint_folder, options.adapters)
     family = recognise(checkpoint.config)
     plan = family.plan(checkpoint)
     _reject_unknown_tensors(plan, checkpoint, family.title)
@@ -144,6 +147,7 @@ def build(
             family=family.name,
             model=model or checkpoint_folder.resolve().name,
             revision=revision,
+            adapters=checkpoint.adapters,
             quantization=recipe.to_data(),
             tools={name: importlib.metadata.version(name) for name in _tools(options)},
         )

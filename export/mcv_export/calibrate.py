@@ -191,7 +191,7 @@ class _Bench:
         files = [path for path in self.checkpoint.folder.iterdir() if path.is_file()]
         arrays: list[NDArray[Any]] = [*found.kept.values(), *found.smoothing.values()]
         parts = [array.tobytes().hex() for array in arrays]
-        return content_hash(fingerprint(files), self.graph.name, *parts)
+        return content_hash(fingerprint(files), *map(repr, self.checkpoint.adapters), self.graph.name, *parts)
 
     def _run(self, module: nn.Module) -> Callable[[Sample], object]:
         """What drives the module with a sample: all ways in which pictures reach it, or a question with its pictures."""

@@ -11,15 +11,22 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mcv_runtime.bundle.manifest import AdapterSpec
 from mcv_runtime.errors import CheckpointError
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+_WEIGHT_FILES = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -27,6 +34,19 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
     return shape[0] if shape else 1, math.prod(shape[1:])
+
+
+class CheckpointTensor(Protocol):
+    """A tensor that is read a few rows at a time."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def rows(self, first: int, last: int) -> NDArray[np.float32]:
+        """Rows [first, last) as float32, the tensor taken as a matrix: [last - first, columns]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +94,30 @@ class Checkpoint:
 
     folder: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor | LoadedTensor]
+    tensors: Mapping[str, CheckpointTensor]
+    adapters: tuple[AdapterSpec, ...] = ()
+    """What is merged into the tensors."""
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the checkpoint, {} if it is not there."""
         path = self.folder / name
         return _read_json(path) if path.exists() else {}
 
-    def tensor(self, name: str) -> StoredTensor | LoadedTensor:
+    def tensor(self, name: str) -> CheckpointTensor:
         try:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.folder} has no tensor {name}; is a file of it missing?") from None
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read `config.json` and every tensor's place, but no tensor; raises `CheckpointError`."""
+def open_checkpoint(folder: Path, *, adapter_known: bool = False) -> Checkpoint:
+    """Read `config.json` and every tensor's place, but no tensor; raises `CheckpointError`.
+
+    `adapter_known`: the folder may hold an adapter beside the model, because the caller merges it.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is neither a folder nor a hub id such as openbmb/MiniCPM-V-2_6")
+    _refuse_unmerged(folder, adapter_known)
     if not (folder / "config.json").exists():
         raise CheckpointError(
             f"{folder} has no config.json; a checkpoint folder holds config.json, tokenizer.json and *.safetensors"
@@ -103,11 +129,35 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, _find_tensors(folder))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a checkpoint's file holds; raises `CheckpointError`."""
+    return _read_json(path)
+
+
+def read_tensors(file: Path) -> Mapping[str, CheckpointTensor]:
+    """The tensors of one file, of safetensors or of torch, by name; raises `CheckpointError`."""
+    return _read_safetensors_header(file) if file.suffix == ".safetensors" else _map_torch_file(file)
+
+
+def _refuse_unmerged(folder: Path, adapter_known: bool) -> None:
+    """An adapter is no model, and a model with an adapter beside it may be meant with or without."""
+    if not (folder / ADAPTER_CONFIG).exists():
+        return
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = base if isinstance(base, str) and base.isprintable() and base else "BASE"
+    if not any((folder / name).exists() for names in _WEIGHT_FILES for name in names):
+        raise CheckpointError(
+            f"{folder} is an adapter of {base}, not a model; merge it: mcv-export build {base} OUT --adapter {folder}"
+        )
+    if not adapter_known and any((folder / name).exists() for name in ADAPTER_WEIGHTS):
+        raise CheckpointError(
+            f"{folder} holds a model and an adapter of {base}; merge it with --adapter {folder}, "
+            "or move the adapter's files elsewhere"
+        )
+
+
 def _find_tensors(folder: Path) -> dict[str, StoredTensor | LoadedTensor]:
-    for index_name, single, read in (
-        ("model.safetensors.index.json", "model.safetensors", _read_safetensors_header),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin", _map_torch_file),
-    ):
+    for (index_name, single), read in zip(_WEIGHT_FILES, (_read_safetensors_header, _map_torch_file), strict=True):
         if (folder / index_name).exists():
             weight_map = _read_json(folder / index_name).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:

@@ -41,6 +41,16 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Checkpoint: a folder, or a hub id such as openbmb/MiniCPM-V-2_6.")]
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER_OR_ID[@REVISION][:WEIGHT]",
+        help="A fine-tune to merge: a LoRA that PEFT saved, as my-lora/ or me/my-lora@main:0.5. Several are merged one "
+        "after the other.",
+        show_default=False,
+    ),
+]
 Override = Annotated[Precision | None, typer.Option(show_default=False, help="Precision of this graph.")]
 
 MaxKL = Annotated[
@@ -57,6 +67,7 @@ MinAgreement = Annotated[
 def build_command(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Bundle folder to make.")],
+    adapter: Adapters = None,
     precision: Annotated[
         Precision | None,
         typer.Option(
@@ -126,6 +137,7 @@ def build_command(
 ) -> None:
     """Build a bundle. Needs little memory: weights are streamed and quantized a few rows at a time."""
     from mcv_calibration.gate import Gate
+    from mcv_export.adapters import find_adapter
     from mcv_export.build import BuildOptions, build
     from mcv_export.calibrate import SampleOptions
     from mcv_export.hub import locate
@@ -157,6 +169,8 @@ def build_command(
     )
     with _progress() as progress:
         folder = locate(model, revision=revision, cache_dir=cache_dir)
+        adapters = tuple(find_adapter(one, cache_dir=cache_dir) for one in adapter or ())
+        options = replace(options, adapters=adapters)
         hub_id = None if folder == Path(model).expanduser() else model  # a path says where a checkpoint lay, not what it is
         check = None
         if search or report or not gate.open:
@@ -166,7 +180,15 @@ def build_command(
             samples = _samples(options.samples)
             if search:
                 options = replace(options, recipe=search_recipe(folder, out, options, gate, samples, progress=progress))
-            check = partial(judge, name=out.name, checkpoint=folder, samples=samples, gate=gate, progress=progress)
+            check = partial(
+                judge,
+                name=out.name,
+                checkpoint=folder,
+                samples=samples,
+                gate=gate,
+                adapters=adapters,
+                progress=progress,
+            )
         result = build(folder, out, options, model=hub_id, revision=revision, check=check, progress=progress)
     if result.samples:
         typer.echo(f"mcv-export: calibrated with {result.samples.describe()}", err=True)
@@ -193,6 +215,9 @@ def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
     origin = f"{manifest.model} @ {manifest.revision}" if manifest.revision else manifest.model
     total = sum(file.size for file in manifest.files.values())
     typer.echo(f"{origin} ({manifest.family}), {_megabytes(total)} in {len(manifest.files)} files")
+    for adapter in manifest.adapters:
+        at = f" @ {adapter.revision}" if adapter.revision else ""
+        typer.echo(f"merged: {adapter.name}{at}, weight {adapter.weight:g}")
     typer.echo(f"made with {', '.join(f'{name} {version}' for name, version in manifest.tools.items())}")
     image, text, generation = manifest.image, manifest.text, manifest.generation
     typer.echo(f"images: slices of about {image.scale_resolution} px, at most {image.max_slice_nums}; {_tokens(manifest)}")
@@ -218,6 +243,7 @@ def verify(
     model: Annotated[
         str | None, typer.Option(help="The checkpoint (folder or hub id): compare answers with its modules in torch.")
     ] = None,
+    adapter: Adapters = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
     as_json: Json = False,
@@ -226,12 +252,15 @@ def verify(
     opened = Bundle.open(bundle)
     checked = sum(1 for _ in opened.verify())
     if model is None:
+        _no_adapters_alone(adapter)
         typer.echo(json.dumps({"files": checked}) if as_json else f"{checked} files are as built")
         return
+    from mcv_export.adapters import find_adapter
     from mcv_export.hub import locate
     from mcv_export.verify import compare
 
-    report = compare(opened, locate(model, revision=revision, cache_dir=cache_dir))
+    adapters = [find_adapter(one, cache_dir=cache_dir) for one in adapter or ()]
+    report = compare(opened, locate(model, revision=revision, cache_dir=cache_dir), adapters)
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
     else:
@@ -253,6 +282,7 @@ def report_command(
         str | None,
         typer.Option(help="Their checkpoint (folder or hub id), as the reference in place of the first bundle in fp32."),
     ] = None,
+    adapter: Adapters = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
     calibration: Annotated[
@@ -276,6 +306,7 @@ def report_command(
 ) -> None:
     """Measure what quantization cost, against fp32 on the same pictures: report.json and report.html."""
     from mcv_calibration.gate import Gate
+    from mcv_export.adapters import find_adapter
     from mcv_export.calibrate import SampleOptions
     from mcv_export.hub import locate
     from mcv_export.report import ReportOptions, keep, keep_in_bundle, report_on
@@ -285,10 +316,13 @@ def report_command(
     if out is None and not as_json and len(bundles) - (model is None) > 1:
         raise OptionError("a report on several bundles belongs to none of them: say where to write it with --out FOLDER")
     checkpoint = None if model is None else locate(model, revision=revision, cache_dir=cache_dir)
+    if checkpoint is None:
+        _no_adapters_alone(adapter)
+    adapters = [find_adapter(one, cache_dir=cache_dir) for one in adapter or ()]
     samples = _samples(SampleOptions(folder=calibration, prompts=prompts, count=num_samples))
     options = ReportOptions(max_new_tokens=max_new_tokens, threads=threads, blocks=blocks)
     with _progress() as progress:
-        made = report_on(bundles, samples, checkpoint=checkpoint, options=options, progress=progress)
+        made = report_on(bundles, samples, checkpoint=checkpoint, adapters=adapters, options=options, progress=progress)
     if out is not None:
         keep(made, out)
     elif len(made.folders) == 1:
@@ -312,6 +346,11 @@ def main() -> None:
             f"mcv-export: {error.name} is not installed; get the toolchain: pip install 'minicpmv-onnx[export]'", err=True
         )
         sys.exit(terminal.USAGE)
+
+
+def _no_adapters_alone(adapters: list[str] | None) -> None:
+    if adapters:
+        raise OptionError(f"--adapter {adapters[0]} is merged into a checkpoint: name that too, with --model")
 
 
 @contextmanager

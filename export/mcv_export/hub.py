@@ -47,6 +47,13 @@ def locate(model: str, *, revision: str | None = None, cache_dir: Path | None = 
     raise absent
 
 
+def locate_files(
+    hub_id: str, patterns: list[str], *, revision: str | None = None, cache_dir: Path | None = None
+) -> Path | None:
+    """The local folder of some files of a repository, downloaded first; None if `hub_id` cannot be one."""
+    return _fetch(hub_id, patterns, revision, cache_dir) if _HUB_ID.fullmatch(hub_id) else None
+
+
 def spellings(hub_id: str) -> list[str]:
     """The id itself, then the other ways in which its version may be written: 4.6 and 4_6, 2.0 and 2."""
     owner, _, name = hub_id.partition("/")

@@ -29,6 +29,12 @@ class ExportMcv(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum states 
         needed.add_argument("-m", "--model", required=True, help="Folder or hub id of the checkpoint.")
         needed.add_argument("output", type=Path, help="Bundle folder to make.")
         more = parser.add_argument_group("Optional arguments")
+        more.add_argument(
+            "--adapter",
+            action="append",
+            metavar="FOLDER_OR_ID[@REVISION][:WEIGHT]",
+            help="A LoRA that PEFT saved, to merge; may be given several times.",
+        )
         more.add_argument("--task", choices=("auto", TASK), default="auto", help=f"Always {TASK}.")
         more.add_argument("--revision", help="Branch, tag or commit on the hub.")
         more.add_argument("--cache_dir", type=Path, help="Where downloads are kept (default: the hub's own cache).")
@@ -56,6 +62,7 @@ class ExportMcv(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum states 
         build_command(
             args.model,
             args.output,
+            adapter=args.adapter,
             precision=FORMATS.get(args.weight_format),
             vision=FORMATS.get(args.vision),
             resampler=FORMATS.get(args.resampler),

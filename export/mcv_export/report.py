@@ -21,8 +21,9 @@ from mcv_calibration.report_html import render
 from mcv_calibration.samples import SampleSet
 from mcv_calibration.sensitivity import BlockError
 from mcv_calibration.taps import Tapped, TappedModule
+from mcv_export.adapters import Adapter, open_merged, require_same_adapters
 from mcv_export.block_errors import block_errors
-from mcv_export.checkpoint import Checkpoint, open_checkpoint
+from mcv_export.checkpoint import Checkpoint
 from mcv_export.eager import eager_module
 from mcv_export.families import recognise
 from mcv_export.oracle import TorchSession
@@ -59,11 +60,12 @@ def report_on(
     samples: SampleSet,
     *,
     checkpoint: Path | None = None,
+    adapters: Sequence[Adapter] = (),
     names: Sequence[str] | None = None,
     options: ReportOptions = ReportOptions(),
     progress: Progress = lambda what, done, total: None,
 ) -> Reported:
-    """Measure bundles. The reference is the checkpoint (a folder) if one is given, else the first bundle in fp32.
+    """Measure bundles. The reference is the checkpoint (with adapters) if one is given, else the first bundle in fp32.
 
     `names` are what the bundles are called, by default their folders' names. Raises `OptionError` where there is nothing to
     compare, and what the runtime raises for a bundle that cannot be used.
@@ -74,7 +76,7 @@ def report_on(
         raise OptionError("blocks are put into the checkpoint's graphs one by one: name it with --model")
     more: dict[str, Any] = {}
     if checkpoint is not None:
-        in_torch = checkpoint_reference(bundles[0], checkpoint)
+        in_torch = checkpoint_reference(bundles[0], checkpoint, adapters)
         reference, more["tapped"] = in_torch.contender, in_torch.tapped
         if options.blocks:
             more["blocks"] = partial(in_torch.blocks, progress)
@@ -121,9 +123,10 @@ class CheckpointReference:
                 yield from block_errors(bundle, graph, self.sessions[graph.name], calls[graph.name], advance)
 
 
-def checkpoint_reference(bundle: Bundle, folder: Path) -> CheckpointReference:
+def checkpoint_reference(bundle: Bundle, folder: Path, adapters: Sequence[Adapter] = ()) -> CheckpointReference:
     """Raises `CheckpointError` if the bundle is of another model."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_merged(folder, adapters)
+    require_same_adapters(bundle, checkpoint)
     family = recognise(checkpoint.config)
     plan = family.plan(checkpoint)
     specs = bundle.manifest.graphs
@@ -146,11 +149,14 @@ def judge(
     samples: SampleSet,
     gate: Gate,
     *,
+    adapters: Sequence[Adapter] = (),
     options: ReportOptions = ReportOptions(),
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
     """Report on a bundle that was just built, keep the report in it, and raise `GateError` if it costs too much."""
-    made = report_on([folder], samples, checkpoint=checkpoint, names=[name], options=options, progress=progress)
+    made = report_on(
+        [folder], samples, checkpoint=checkpoint, adapters=adapters, names=[name], options=options, progress=progress
+    )
     for bundle in made.report.bundles:
         gate.check(bundle)
     keep_in_bundle(made, folder)

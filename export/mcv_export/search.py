@@ -16,9 +16,9 @@ from mcv_calibration.raising import Ladder, find_recipe
 from mcv_calibration.recipe import Recipe
 from mcv_calibration.report import Progress
 from mcv_calibration.samples import SampleSet
+from mcv_export.adapters import open_merged
 from mcv_export.block_errors import block_errors
 from mcv_export.build import BuildOptions, build
-from mcv_export.checkpoint import open_checkpoint
 from mcv_export.families import recognise
 from mcv_export.plan import GraphPlan
 from mcv_export.precision import resolved
@@ -49,7 +49,7 @@ def search_recipe(
         raise OptionError("a search needs a gate to pass: give it --max-kl or --min-agreement")
     if beside.exists() and not options.force:  # hours before the build itself would find out
         raise OutputError(f"{beside} exists; choose another folder, or replace it with --force")
-    opened = open_checkpoint(checkpoint)
+    opened = open_merged(checkpoint, options.adapters)
     plan = recognise(opened.config).plan(opened)
     start = resolved(options.chosen(), [graph.name for graph in plan.graphs if not graph.shares])
     try:
@@ -99,7 +99,10 @@ class _Attempts:
         self._count += 1
         out = self._folder / f"{self._count}"
         build(self._checkpoint, out, replace(self._options, recipe=recipe, force=False, text_graphs=False))
-        reference = self._first.reference if self._first else checkpoint_reference(Bundle.open(out), self._checkpoint)
+        if self._first:
+            reference = self._first.reference
+        else:
+            reference = checkpoint_reference(Bundle.open(out), self._checkpoint, self._options.adapters)
         label, total = f"attempt {self._count}", len(self._samples.samples)
         compared = compare(
             reference.contender,

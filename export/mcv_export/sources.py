@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mcv_calibration.measured import Measured
-from mcv_export.checkpoint import Checkpoint, LoadedTensor, StoredTensor, matrix_shape
+from mcv_export.checkpoint import Checkpoint, CheckpointTensor, StoredTensor, matrix_shape
 from mcv_export.plan import GraphPlan, Part, Transform
 from mcv_export.storage import IN_FLOAT, Storage, common_factors, feed_forward, folds
 from mcv_graphs.layers import Embedding, Linear
@@ -34,7 +34,7 @@ class Source:
     """
 
     shape: tuple[int, int]
-    parts: tuple[tuple[Part, StoredTensor | LoadedTensor, int], ...]  # the last is the part's number of rows
+    parts: tuple[tuple[Part, CheckpointTensor, int], ...]  # the last is the part's number of rows
     kept_rows: NDArray[np.int64] | None = None
     kept_columns: NDArray[np.int64] | None = None
     row_factors: NDArray[np.float32] | None = None

@@ -16,7 +16,8 @@ from torch import nn
 
 from mcv_calibration.measured import NOTHING
 from mcv_calibration.recipe import Recipe
-from mcv_export.checkpoint import Checkpoint, open_checkpoint
+from mcv_export.adapters import Adapter, open_merged, require_same_adapters
+from mcv_export.checkpoint import Checkpoint
 from mcv_export.eager import eager_module
 from mcv_export.families import recognise
 from mcv_export.graph_files import storage_of
@@ -87,9 +88,13 @@ class Report:
         return self.worst.excess <= 1 and (self.tokens_equal == self.tokens or rounded)
 
 
-def compare(bundle: Bundle, checkpoint_folder: Path) -> Report:
-    """Run both on a picture that is cut into slices; raises `CheckpointError` if the bundle is of another model."""
-    checkpoint = open_checkpoint(checkpoint_folder)
+def compare(bundle: Bundle, checkpoint_folder: Path, adapters: Sequence[Adapter] = ()) -> Report:
+    """Run both on a picture that is cut into slices; raises `CheckpointError` if the bundle is of another model.
+
+    `adapters` are those that the bundle was built with.
+    """
+    checkpoint = open_merged(checkpoint_folder, adapters)
+    require_same_adapters(bundle, checkpoint)
     family = recognise(checkpoint.config)
     plan = family.plan(checkpoint)
     specs = bundle.manifest.graphs

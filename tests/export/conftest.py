@@ -1,5 +1,6 @@
 """A checkpoint folder that a test may damage."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -14,12 +15,22 @@ Edit = Callable[[dict[str, torch.Tensor]], None]
 
 
 @pytest.fixture
-def checkpoint(golden_root: Path, tmp_path: Path) -> Path:
+def copied(golden_root: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Copies a family's golden checkpoint."""
+
+    def copy(family: str) -> Path:
+        folder = tmp_path / "checkpoint"
+        shutil.copytree(golden_root / family / "checkpoint", folder, copy_function=shutil.copyfile)
+        folder.chmod(0o755)
+        return folder
+
+    return copy
+
+
+@pytest.fixture
+def checkpoint(copied: Callable[[str], Path]) -> Path:
     """A copy of the 2.6 golden checkpoint."""
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(golden_root / "minicpmv2_6" / "checkpoint", folder, copy_function=shutil.copyfile)
-    folder.chmod(0o755)
-    return folder
+    return copied("minicpmv2_6")
 
 
 @pytest.fixture
@@ -47,3 +58,13 @@ def edit_config(checkpoint: Path) -> Callable[[Callable[[dict[str, Any]], Any]],
         return checkpoint
 
     return edit
+
+
+@pytest.fixture(scope="session")
+def peft_reference() -> Any:
+    """The module of that name: PEFT's own merge."""
+    spec = importlib.util.spec_from_file_location("peft_reference", Path(__file__).parent / "peft_reference.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -200,6 +200,16 @@ class FileSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """A fine-tune that was merged into the checkpoint: a hub id or a folder's name, how much of it, and its files."""
+
+    name: str
+    revision: str | None = None
+    weight: float = 1.0
+    files: Mapping[str, FileSpec]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """All of `mcv.json`."""
 
@@ -209,6 +219,8 @@ class Manifest:
     model: str
     """Where the checkpoint came from: a hub id or a folder's name."""
     revision: str | None = None
+    adapters: tuple[AdapterSpec, ...] = ()
+    """In the order in which they were merged."""
     graphs: Mapping[GraphName, GraphSpec]
     cache: tuple[CacheEntry, ...]
     image: ImageSpec
