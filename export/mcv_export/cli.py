@@ -121,7 +121,7 @@ def build_command(
     text_graphs: Annotated[
         bool, typer.Option("--text-graphs", help="Add tokenizer.onnx and detokenizer.onnx, for hosts without Python.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a bundle.")] = False,
     as_json: Json = False,
 ) -> None:
     """Build a bundle. Needs little memory: weights are streamed and quantized a few rows at a time."""
@@ -129,6 +129,7 @@ def build_command(
     from mcv_export.build import BuildOptions, build
     from mcv_export.calibrate import SampleOptions
     from mcv_export.hub import locate
+    from mcv_export.output_folder import check_output
     from mcv_export.precision import Wishes, read_recipe
 
     gate = Gate(max_kl=max_kl, min_agreement=min_agreement)
@@ -155,6 +156,7 @@ def build_command(
         text_graphs=text_graphs,
         int8_cache=kv == "int8",
     )
+    check_output(out, Path(model).expanduser(), force=force)  # before gigabytes are fetched
     with _progress() as progress:
         folder = locate(model, revision=revision, cache_dir=cache_dir)
         hub_id = None if folder == Path(model).expanduser() else model  # a path says where a checkpoint lay, not what it is

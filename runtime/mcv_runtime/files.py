@@ -52,7 +52,8 @@ def open_regular(
         if stat.S_ISREG(mode) and not outside:  # a device may feel that it is opened
             file = os.fdopen(os.open(real, flags), "rb")
     except (FileNotFoundError, NotADirectoryError):
-        raise (missing or error)(f"{name} is not there") from None
+        link = Path(path).is_symlink()
+        raise (missing or error)(f"{name} is {'a link to what is not there' if link else 'not there'}") from None
     except OSError as cause:
         raise error(f"{name} cannot be read: {cause.strerror}") from None
     except ValueError:  # a NUL, or half a character, in the name

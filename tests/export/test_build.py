@@ -15,7 +15,7 @@ from mcv_export import cli
 from mcv_export.build import BuildOptions, build
 from mcv_runtime import load
 from mcv_runtime.bundle.folder import Bundle
-from mcv_runtime.errors import BundleError, CheckpointError
+from mcv_runtime.errors import BundleError
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +110,6 @@ def test_overrides_and_default(source: Path, tmp_path: Path) -> None:
     manifest = build(source, tmp_path / "mixed", BuildOptions(precision={"resampler": "fp32"})).manifest
     precisions = {name: graph.precision for name, graph in manifest.graphs.items()}
     assert precisions == {"vision_encoder": "int8-static", "resampler": "fp32", "decoder_with_past": "q4"}
-
-
-def test_force_replaces_and_keeps_the_old_on_failure(source: Path, checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "bundle"
-    out.mkdir()
-    (out / "precious").touch()
-    (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError):
-        build(checkpoint, out, BuildOptions(precision="fp32", force=True))
-    assert (out / "precious").exists()
-    build(source, out, BuildOptions(precision="fp32", force=True))
-    assert not (out / "precious").exists()
-    assert Bundle.open(out)
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_shards_and_bin_files_give_the_same_bundle(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_config(fails: Callable[..., str], edit_config: Callable[..., Path], cha
 
 def test_config_that_is_no_json(fails: Callable[..., str], checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text("{")
-    assert "config.json cannot be read as JSON" in fails(checkpoint)
+    assert "config.json is not JSON" in fails(checkpoint)
 
 
 NAME, BIAS = "llm.model.layers.1.mlp.up_proj.weight", "llm.model.layers.0.self_attn.k_proj.bias"
