@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import platform
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -16,21 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mcv_runtime.bundle.checked import cache_folder
+
 _FORMAT = "1"
 """Of the statistics; another number and nothing kept before is found."""
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 _log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """`$MCV_CACHE`, else where this system keeps what may be deleted."""
-    if chosen := os.environ.get("MCV_CACHE"):
-        return Path(chosen)
-    if platform.system() == "Darwin":
-        return Path.home() / "Library" / "Caches" / "mcv"
-    if platform.system() == "Windows" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "mcv" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mcv"
 
 
 def fingerprint(files: Iterable[Path]) -> str:

@@ -87,9 +87,8 @@ class LoadedTensor:
 def require_float(tensor: StoredTensor | LoadedTensor) -> np.dtype[Any]:
     """How a tensor's numbers are stored; raises `CheckpointError` where they are no plain floats."""
     if tensor.dtype not in _FLOATS:
-        raise CheckpointError(
-            f"tensor {printable(tensor.name)} has type {printable(tensor.dtype[:80])}; build from a checkpoint in bf16, fp16 or fp32"
-        )
+        name, dtype = printable(tensor.name), printable(tensor.dtype[:80])
+        raise CheckpointError(f"tensor {name} has type {dtype}; build from a checkpoint in bf16, fp16 or fp32")
     return _FLOATS[tensor.dtype]
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -34,7 +35,7 @@ def open_regular(
     missing: MakeError | None = None,
     within: str | os.PathLike[str] | None = None,
     max_bytes: int | None = None,
-) -> BinaryIO:
+) -> BufferedReader:
     """Open a plain file for reading, without ever waiting: not a pipe, a device or a folder, and of at most `max_bytes`.
 
     `within`: the folder that the file must lie in when all links are followed (the hub's cache keeps files as links to the

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mcv_calibration.store import Store, cache_folder, content_hash, fingerprint
+from mcv_calibration.store import Store, content_hash, fingerprint
+from mcv_runtime.bundle.checked import cache_folder
 
 ARRAYS = {"a/b": np.arange(5000, dtype=np.float32), "done": np.array(3)}
 

@@ -13,9 +13,11 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from mcv_runtime.errors import McvError
+from mcv_runtime.errors import McvError, printable
 
 USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 1
+_LONGEST = 2000
+"""Characters of a complaint: what it quotes may be a stranger's."""
 
 
 def run(app: typer.Typer, name: str, *, interrupted: str = "") -> NoReturn:
@@ -73,5 +75,6 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _complain(line: str, code: int) -> int:
-    typer.echo(" ".join(line.split()), err=True)
+    line = printable(" ".join(line.split()))
+    typer.echo(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}...", err=True)
     return code

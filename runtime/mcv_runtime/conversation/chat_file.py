@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mcv_runtime.bundle.folder import Bundle
-from mcv_runtime.bundle.manifest import parse
+from mcv_runtime.bundle.typed_json import parse
 from mcv_runtime.decoding.decoder import Decoder
 from mcv_runtime.decoding.prefixes import Memory
 from mcv_runtime.errors import BundleCorruptError, ChatFileError, OutputError
