@@ -27,7 +27,7 @@ from mcv_export.sources import resolve
 from mcv_export.text_graphs import write_text_graphs
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest
-from mcv_runtime.errors import CheckpointError, printable
+from mcv_runtime.errors import BundleCorruptError, CheckpointError, printable
 
 _COMPUTED = re.compile(
     r"(?:^|\.)(?:(?:original_)?inv_freq|(?:cos|sin)_cached|position_ids|resampler\.(?:temporal_)?pos_embed)$"
@@ -111,13 +111,14 @@ def build(
     checkpoint = open_checkpoint(checkpoint_folder)
     family = recognise(checkpoint.config)
     plan = family.plan(checkpoint)
+    _require_readable(plan, family.name)
     _reject_unknown_tensors(plan, checkpoint, family.title)
     recipe = resolved(wanted, [graph.name for graph in plan.graphs if not graph.shares])
     for graph in plan.graphs:
         resolve(graph, checkpoint)  # what is wrong with a tensor is said now, not when minutes of calibration are over
     with output_folder(out, checkpoint_folder, force=options.force) as folder:
-        calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
         cfg.copy_texts(checkpoint, folder, plan.chat_template)
+        calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
         if options.text_graphs:
             write_text_graphs((folder / plan.text.tokenizer).read_text(encoding="utf-8"), folder)
         (folder / "onnx").mkdir()
@@ -181,6 +182,14 @@ def _tools(options: BuildOptions) -> list[str]:
     """Distributions whose versions matter to what is built."""
     tools = ["minicpmv-onnx", "torch", "onnx-ir", "onnxscript"]
     return [*tools, "onnxruntime-extensions"] if options.text_graphs else tools
+
+
+def _require_readable(plan: ModelPlan, family: str) -> None:
+    """Raise `CheckpointError` for facts that no runtime would take from a manifest: sizes that would fill any memory."""
+    try:
+        Manifest.from_json(plan.manifest(family=family, model="", graphs={}).to_json())
+    except BundleCorruptError as error:
+        raise CheckpointError(f"the checkpoint's configuration cannot be used: {error}") from None
 
 
 def _reject_unknown_tensors(plan: ModelPlan, checkpoint: Checkpoint, title: str) -> None:

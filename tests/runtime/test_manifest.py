@@ -28,6 +28,12 @@ MANIFEST = Manifest(
         "resampler": GraphSpec(
             file="onnx/r.onnx", precision="fp32", inputs={"x": TensorSpec(dtype="int64", shape=("n", 2))}, outputs={}
         ),
+        "vision_encoder": GraphSpec(
+            file="onnx/v.onnx",
+            precision="fp32",
+            inputs={"pixel_values": TensorSpec(dtype="float32", shape=("slices", "patches", 588))},
+            outputs={"vision_hidden": TensorSpec(dtype="float32", shape=("slices", "patches", 48))},
+        ),
         "decoder_with_past": GraphSpec(
             file="onnx/d.onnx",
             precision="fp32",
@@ -87,6 +93,9 @@ def changed(**changes):
         ({"graphs__decoder_with_past__inputs__input_ids__dtype": "object"}, "dtype is 'object', not one of bool, float16"),
         ({"graphs__decoder_with_past__inputs__p__shape": ["batch", 2, "cache_length", 32]}, "has no 'p' of the shape"),
         ({"graphs__decoder_with_past__outputs": {}}, "has no 'q' of the shape"),
+        ({"graphs__vision_encoder__inputs__pixel_values__shape": []}, "no pixel_values whose last axis is fixed"),
+        ({"graphs__vision_encoder__outputs__vision_hidden": ...}, "no vision_hidden whose last axis is fixed"),
+        ({"graphs__resampler__inputs__x__shape": ["a"] * 10_000}, "10000 axes"),
         ({"cache": [CACHE, CACHE]}, "names a tensor twice"),
         ({"cache": [CACHE | {"shape": ["batch", 2, "foo", 64]}]}, "other axes than batch"),
         ({"cache": [CACHE | {"shape": [1, 2, "cache_length", 64]}]}, "other axes than batch"),

@@ -48,6 +48,10 @@ class TensorSpec:
     dtype: DType
     shape: tuple[Id | str, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.shape) > 8:
+            raise BundleCorruptError(f"a tensor has {len(self.shape)} axes; at most 8 are known")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphSpec:
@@ -166,7 +170,7 @@ class TextSpec:
     tokenizer: str = "tokenizer.json"
     chat_template: str = "chat_template.jinja"
     vocab_size: Count
-    context_length: Count
+    context_length: Annotated[int, Between(1, 1 << 21)]
     part_separator: str = "\n"
     """What stands between pictures and texts of one message."""
     dropped_ids: tuple[Id, ...] = ()
@@ -260,11 +264,16 @@ class Manifest:
                 f"{FILE_NAME} has format {shown(version)}, this runtime reads format {FORMAT}; build the bundle again"
             )
         manifest: Manifest = parse(cls, data, FILE_NAME)
-        manifest._check_cache()
+        manifest._check_graphs()
         return manifest
 
-    def _check_cache(self) -> None:
-        """The cache's tensors are those of the decoder, each once."""
+    def _check_graphs(self) -> None:
+        """Towers say how wide they are, and the cache's tensors are those of the decoder, each once."""
+        for name, graph in self.graphs.items():
+            if name.startswith("vision_encoder"):
+                for tensor, specs in (("pixel_values", graph.inputs), ("vision_hidden", graph.outputs)):
+                    if tensor not in specs or not specs[tensor].shape or isinstance(specs[tensor].shape[-1], str):
+                        raise BundleCorruptError(f"{FILE_NAME}: {name} has no {tensor} whose last axis is fixed")
         for tensors in ([entry.input for entry in self.cache], [entry.output for entry in self.cache]):
             if len(set(tensors)) < len(tensors):
                 raise BundleCorruptError(f"{FILE_NAME}: cache names a tensor twice")
