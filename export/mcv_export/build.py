@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import re
 import time
@@ -18,6 +17,7 @@ from mcv_export import config as cfg
 from mcv_export.calibrate import SampleOptions, calibrate
 from mcv_export.checkpoint import Checkpoint, open_checkpoint
 from mcv_export.families import recognise
+from mcv_export.file_specs import folder_specs
 from mcv_export.graph_files import DataFile, Progress, storage_of, write_graph, write_sharing_graph
 from mcv_export.int8_cache import add_int8_cache, int8_cache_spec
 from mcv_export.output_folder import check_output, output_folder
@@ -26,7 +26,7 @@ from mcv_export.precision import SUFFIXES, Wishes, resolved
 from mcv_export.sources import resolve
 from mcv_export.text_graphs import write_text_graphs
 from mcv_runtime.bundle.folder import Bundle
-from mcv_runtime.bundle.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest
+from mcv_runtime.bundle.manifest import FILE_NAME, GraphName, GraphSpec, Manifest
 from mcv_runtime.errors import BundleCorruptError, CheckpointError, printable
 
 _COMPUTED = re.compile(
@@ -172,8 +172,7 @@ def build(
 
 def _write_manifest(folder: Path, describe: Callable[..., Manifest], specs: Mapping[GraphName, GraphSpec]) -> Manifest:
     """Write `mcv.json` for the files that are there."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != FILE_NAME]
-    manifest = describe(graphs=specs, files={path.relative_to(folder).as_posix(): _describe(path) for path in paths})
+    manifest = describe(graphs=specs, files=folder_specs(folder))
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -205,8 +204,3 @@ def _reject_unknown_tensors(plan: ModelPlan, checkpoint: Checkpoint, title: str)
         raise CheckpointError(
             f"the checkpoint has the tensor {first}{more}, which {title} has not; it is another model than it says"
         )
-
-
-def _describe(path: Path) -> FileSpec:
-    with path.open("rb") as stream:
-        return FileSpec(size=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())

@@ -121,7 +121,13 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} has no weight_map; download it again")
     for shard in weight_map.values():
         # The index comes from a stranger: a shard is a file of this folder, nothing else.
-        if not isinstance(shard, str) or not shard or Path(shard).name != shard or not shard.isprintable() or len(shard) > 255:
+        if (
+            not isinstance(shard, str)
+            or shard in ("", ".", "..")
+            or Path(shard).name != shard
+            or not shard.isprintable()
+            or len(shard) > 255
+        ):
             raise CheckpointError(f"{index.parent} lacks the shard {printable(str(shard))[:255]}; download it again")
     return weight_map
 

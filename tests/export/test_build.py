@@ -157,6 +157,24 @@ def test_minicpm_o_without_its_ears_and_voice(
     assert result.manifest.files == Bundle.open(bundles["q8"]).manifest.files
 
 
+def test_inspect_obeys_no_terminal_codes(bundles: dict[str, Path], tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
+    folder = shutil.copytree(bundles["q8"], tmp_path / "bundle")
+    manifest = json.loads((folder / "mcv.json").read_text())
+    manifest["model"] = "\x1b]0;owned\x07 \u202egnp.exe 模型"
+    (folder / "mcv.json").write_text(json.dumps(manifest))
+    code, printed = run("inspect", folder)
+    assert code == 0
+    assert printed.startswith(r"\x1b]0;owned\x07 \u202egnp.exe 模型 (minicpmv2_6)")
+
+
+def test_verify_needs_a_list(bundles: dict[str, Path], tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
+    folder = shutil.copytree(bundles["q8"], tmp_path / "bundle")
+    manifest = json.loads((folder / "mcv.json").read_text())
+    manifest["files"] = {}
+    (folder / "mcv.json").write_text(json.dumps(manifest))
+    assert run("verify", folder) == (2, "")
+
+
 def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="mcv-export build"):
         load(tmp_path)
