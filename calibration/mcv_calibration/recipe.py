@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast, get_args
@@ -10,6 +9,7 @@ from typing import Any, Literal, cast, get_args
 from mcv_calibration.target import Target, chosen, this_machine
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.errors import OptionError
+from mcv_runtime.files import parse_json
 
 Precision = Literal["fp32", "q8", "q4", "int8-static", "int8-dynamic"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -134,8 +134,5 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """A recipe, or a whole `mcv.json` with one inside."""
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise OptionError(f"the recipe is not JSON ({error})") from None
+        data = parse_json(text, "the recipe", error=OptionError)
         return cls.from_data(data["quantization"] if isinstance(data, dict) and "quantization" in data else data)

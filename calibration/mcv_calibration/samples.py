@@ -15,6 +15,7 @@ from PIL import Image
 
 from mcv_calibration.drawn import draw
 from mcv_runtime.errors import ImageError, OptionError
+from mcv_runtime.files import parse_json
 from mcv_runtime.pictures.images import ImageSource, describe, open_picture
 
 _T = TypeVar("_T")
@@ -152,7 +153,7 @@ def _rows(prompts: Path, folder: Path) -> list[Sample]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, "the row", error=ValueError)
             names = row["images"] if "images" in row else [row["image"]]
             prompt, answer = row["prompt"], row.get("answer")
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -6,9 +6,8 @@ import contextlib
 import hashlib
 import logging
 import os
-import platform
-import zipfile
-import zlib
+import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mcv_runtime.bundle.checked import cache_folder
+from mcv_runtime.files import open_regular
+
 _FORMAT = "1"
 """Of the statistics; another number and nothing kept before is found."""
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_ABANDONED = 24 * 3600
+"""Seconds after which what a killed process was writing is nobody's."""
 _log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """`$MCV_CACHE`, else where this system keeps what may be deleted."""
-    if chosen := os.environ.get("MCV_CACHE"):
-        return Path(chosen)
-    if platform.system() == "Darwin":
-        return Path.home() / "Library" / "Caches" / "mcv"
-    if platform.system() == "Windows" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "mcv" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mcv"
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -66,11 +58,13 @@ class Store:
         if not path.exists():
             return None
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # reading checks each array's CRC
+            whole = open_regular(path, error=OSError, within=path.parent)
+            with whole as file, np.load(file, allow_pickle=False) as arrays:  # reading checks each array's CRC
                 return {name: arrays[name] for name in arrays.files}
-        except _DAMAGE as error:
+        except Exception as error:  # of an archive that is none, numpy and zipfile raise anything
             _log.warning("%s is damaged (%s) and is measured again", path, error)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
 
     def save(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -78,10 +72,15 @@ class Store:
         if not self._writable:
             return
         path = self._path(key)
-        partial = path.with_suffix(f".{os.getpid()}")
+        partial = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            for left in self._folder.glob(f"{key}.*.partial"):
+                if time.time() - left.stat().st_mtime > _ABANDONED:
+                    left.unlink()
+            handle, name = tempfile.mkstemp(prefix=f"{key}.", suffix=".partial", dir=self._folder)
+            partial = Path(name)
+            with os.fdopen(handle, "wb") as file:
                 np.savez(file, allow_pickle=False, **arrays)
                 file.flush()
                 os.fsync(file.fileno())
@@ -89,8 +88,9 @@ class Store:
         except OSError as error:
             self._writable = False
             _log.warning("%s cannot be written (%s): this calibration cannot be continued later", self._folder, error)
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        finally:
+            if partial is not None:
+                partial.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.npz"

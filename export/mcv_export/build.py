@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import importlib.metadata
-import os
-import shutil
-import tempfile
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,15 +18,22 @@ from mcv_export.adapters import Adapter, open_merged
 from mcv_export.calibrate import SampleOptions, calibrate
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.families import recognise
+from mcv_export.file_specs import folder_specs
 from mcv_export.graph_files import DataFile, Progress, storage_of, write_graph, write_sharing_graph
 from mcv_export.int8_cache import add_int8_cache, int8_cache_spec
+from mcv_export.output_folder import check_output, output_folder
 from mcv_export.plan import ModelPlan
 from mcv_export.precision import SUFFIXES, Wishes, resolved
 from mcv_export.sources import resolve
 from mcv_export.text_graphs import write_text_graphs
 from mcv_runtime.bundle.folder import Bundle
-from mcv_runtime.bundle.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest
-from mcv_runtime.errors import CheckpointError, OutputError
+from mcv_runtime.bundle.manifest import FILE_NAME, GraphName, GraphSpec, Manifest
+from mcv_runtime.errors import BundleCorruptError, CheckpointError, printable
+
+_COMPUTED = re.compile(
+    r"(?:^|\.)(?:(?:original_)?inv_freq|(?:cos|sin)_cached|position_ids|resampler\.(?:temporal_)?pos_embed)$"
+)
+"""Buffers that every model computes anew, and that older transformers, or a plain `state_dict`, save with the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ class BuildOptions:
     samples: SampleOptions = field(default_factory=SampleOptions)
     """What to calibrate with, where the recipe asks for it."""
     force: bool = False
-    """Replace an output folder that exists."""
+    """Replace an output folder that is a bundle, or empty."""
     text_graphs: bool = False
     """Also make the tokenizer's graphs, for hosts without Python."""
     int8_cache: bool = False
@@ -102,23 +104,24 @@ def build(
     """Build the bundle `out` from a checkpoint folder.
 
     Everything is written to a sibling folder that takes the name `out` at the end: a build that fails or is interrupted leaves
-    nothing behind. `check` is shown that folder when the bundle in it is whole; what it raises ends the build like any fault.
+    nothing behind, and what a killed one left the next one removes. `check` is shown that folder when the bundle in it is
+    whole; what it raises ends the build like any fault.
     Raises `CheckpointError`, `OptionError` or `OutputError`.
     """
     started = time.perf_counter()
-    if out.exists() and not options.force:
-        raise OutputError(f"{out} exists; choose another folder, or replace it with --force")
+    check_output(out, checkpoint_folder, force=options.force)
     wanted = options.chosen()
     checkpoint = open_merged(checkpoint_folder, options.adapters)
     family = recognise(checkpoint.config)
     plan = family.plan(checkpoint)
+    _require_readable(plan, family.name)
     _reject_unknown_tensors(plan, checkpoint, family.title)
     recipe = resolved(wanted, [graph.name for graph in plan.graphs if not graph.shares])
     for graph in plan.graphs:
         resolve(graph, checkpoint)  # what is wrong with a tensor is said now, not when minutes of calibration are over
-    with _all_or_nothing(out) as folder:
-        calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
+    with output_folder(out, checkpoint_folder, force=options.force) as folder:
         cfg.copy_texts(checkpoint, folder, plan.chat_template)
+        calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
         if options.text_graphs:
             write_text_graphs((folder / plan.text.tokenizer).read_text(encoding="utf-8"), folder)
         (folder / "onnx").mkdir()
@@ -173,8 +176,7 @@ def build(
 
 def _write_manifest(folder: Path, describe: Callable[..., Manifest], specs: Mapping[GraphName, GraphSpec]) -> Manifest:
     """Write `mcv.json` for the files that are there."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != FILE_NAME]
-    manifest = describe(graphs=specs, files={path.relative_to(folder).as_posix(): _describe(path) for path in paths})
+    manifest = describe(graphs=specs, files=folder_specs(folder))
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -185,59 +187,24 @@ def _tools(options: BuildOptions) -> list[str]:
     return [*tools, "onnxruntime-extensions"] if options.text_graphs else tools
 
 
+def _require_readable(plan: ModelPlan, family: str) -> None:
+    """Raise `CheckpointError` for facts that no runtime would take from a manifest: sizes that would fill any memory."""
+    try:
+        Manifest.from_json(plan.manifest(family=family, model="", graphs={}).to_json())
+    except BundleCorruptError as error:
+        raise CheckpointError(f"the checkpoint's configuration cannot be used: {error}") from None
+
+
 def _reject_unknown_tensors(plan: ModelPlan, checkpoint: Checkpoint, title: str) -> None:
     used = {part.tensor for graph in plan.graphs for parts in graph.weights.values() for part in parts}
     used |= {name for graph in plan.graphs for name in graph.used}
-    unknown = [name for name in checkpoint.tensors if name not in used and not name.startswith(plan.ignored)]
+    unknown = [
+        name
+        for name in checkpoint.tensors
+        if name not in used and not name.startswith(plan.ignored) and not _COMPUTED.search(name)
+    ]
     if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        first, more = printable(unknown[0]), f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise CheckpointError(
-            f"the checkpoint has the tensor {unknown[0]}{more}, which {title} has not; it is another model than it says"
+            f"the checkpoint has the tensor {first}{more}, which {title} has not; it is another model than it says"
         )
-
-
-def _describe(path: Path) -> FileSpec:
-    with path.open("rb") as stream:
-        return FileSpec(size=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
-
-
-@contextmanager
-def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block succeeds, and vanishes when it does not."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror}") from None
-    try:
-        partial.chmod(0o777 & ~_umask())
-        yield partial
-        if out.exists():
-            _replace(out, partial)
-        else:
-            partial.rename(out)
-    except OSError as error:
-        if isinstance(error, OutputError | CheckpointError) or error.errno is None:
-            raise
-        what = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise OutputError(f"{out} cannot be written: {what}; nothing was kept") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace(out: Path, new: Path) -> None:
-    """Put `new` in the place of `out`; the old one goes only when the new one is there."""
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    out.rename(old)
-    try:
-        new.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

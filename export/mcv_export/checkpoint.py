@@ -1,39 +1,29 @@
-"""Reading a published checkpoint: its config, and its tensors a few rows at a time.
-
-Files are read, not mapped: a mapped file counts as resident memory, and a build must stay small beside a large model.
-"""
+"""Reading a published checkpoint: its folder, its config, and where its tensors are."""
 
 from __future__ import annotations
 
-import json
-import math
-import pickle
-from collections.abc import Mapping
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from mcv_export.tensor_files import LoadedTensor, StoredTensor, read_tensors, require_float
 from mcv_runtime.bundle.manifest import AdapterSpec
-from mcv_runtime.errors import CheckpointError
+from mcv_runtime.errors import CheckpointError, printable
+from mcv_runtime.files import parse_json, read_regular, read_text
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-
-_WEIGHT_FILES = (
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-)
-
-
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor taken as a matrix: later axes flattened, a vector as one column, a leading 1 dropped."""
-    if len(shape) > 2 and shape[0] == 1:
-        shape = shape[1:]
-    return shape[0] if shape else 1, math.prod(shape[1:])
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""In the order in which transformers looks for them."""
+_LORA = re.compile(r"(?:^|\.)(?:lora_[A-Za-z_]+|base_layer|modules_to_save)\.")
+_JSON_BYTES = 16 << 20
+_log = logging.getLogger(__name__)
 
 
 class CheckpointTensor(Protocol):
@@ -50,45 +40,6 @@ class CheckpointTensor(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a safetensors file, `start` bytes into it; also carries what reads it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-    start: int
-
-    def rows(self, first: int, last: int) -> NDArray[np.float32]:
-        """Rows [first, last) as float32, the tensor taken as a matrix: [last - first, columns]."""
-        columns = matrix_shape(self.shape)[1]
-        kind = _DTYPES[self.dtype]
-        raw = np.fromfile(self.file, kind, (last - first) * columns, offset=self.start + first * columns * kind.itemsize)
-        if raw.size != (last - first) * columns:
-            raise CheckpointError(f"{self.file.name} ended while {self.name} was read; download it again")
-        if self.dtype == "BF16":
-            raw = (raw.astype("<u4") << 16).view("<f4")
-        array: NDArray[np.float32] = raw.astype(np.float32, copy=False).reshape(last - first, columns)
-        return array
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedTensor:
-    """One tensor of a `.bin` file, mapped by torch."""
-
-    name: str
-    value: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
-
-    def rows(self, first: int, last: int) -> NDArray[np.float32]:
-        array: NDArray[np.float32] = self.value.reshape(matrix_shape(self.shape))[first:last].float().numpy()
-        return array
-
-
-@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint folder in the Hugging Face layout."""
 
@@ -101,7 +52,11 @@ class Checkpoint:
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the checkpoint, {} if it is not there."""
         path = self.folder / name
-        return _read_json(path) if path.exists() else {}
+        return read_json(path) if os.path.lexists(path) else {}
+
+    def text(self, name: str) -> str:
+        """A text file of the checkpoint, which must lie in its folder: what a link leads to elsewhere is nobody's to copy."""
+        return read_text(self.folder / name, error=CheckpointError, within=self.folder)
 
     def tensor(self, name: str) -> CheckpointTensor:
         try:
@@ -117,109 +72,109 @@ def open_checkpoint(folder: Path, *, adapter_known: bool = False) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is neither a folder nor a hub id such as openbmb/MiniCPM-V-2_6")
-    _refuse_unmerged(folder, adapter_known)
-    if not (folder / "config.json").exists():
+    _refuse_adapter(folder, adapter_known)
+    if not os.path.lexists(folder / "config.json"):
         raise CheckpointError(
             f"{folder} has no config.json; a checkpoint folder holds config.json, tokenizer.json and *.safetensors"
         )
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise CheckpointError(f"{folder} is already quantized ({method}); build from the full-precision checkpoint")
-    return Checkpoint(folder, config, _find_tensors(folder))
+    tensors = _find_tensors(folder)
+    _refuse_unmerged(folder, tensors)
+    _require_layers(config, len(tensors))
+    return Checkpoint(folder, config, tensors)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that a checkpoint's file holds; raises `CheckpointError`."""
-    return _read_json(path)
-
-
-def read_tensors(file: Path) -> Mapping[str, CheckpointTensor]:
-    """The tensors of one file, of safetensors or of torch, by name; raises `CheckpointError`."""
-    return _read_safetensors_header(file) if file.suffix == ".safetensors" else _map_torch_file(file)
-
-
-def _refuse_unmerged(folder: Path, adapter_known: bool) -> None:
-    """An adapter is no model, and a model with an adapter beside it may be meant with or without."""
-    if not (folder / ADAPTER_CONFIG).exists():
+def _refuse_adapter(folder: Path, adapter_known: bool) -> None:
+    """An adapter's folder is no model, and one beside a model may be meant with it or without."""
+    if not os.path.lexists(folder / ADAPTER_CONFIG):
         return
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    base = base if isinstance(base, str) and base.isprintable() and base else "BASE"
-    if not any((folder / name).exists() for names in _WEIGHT_FILES for name in names):
+    base = printable(base) if isinstance(base, str) and base else "BASE"
+    if not any(os.path.lexists(folder / name) for name in _WEIGHT_FILES):
         raise CheckpointError(
             f"{folder} is an adapter of {base}, not a model; merge it: mcv-export build {base} OUT --adapter {folder}"
         )
-    if not adapter_known and any((folder / name).exists() for name in ADAPTER_WEIGHTS):
+    if not adapter_known and any(os.path.lexists(folder / name) for name in ADAPTER_WEIGHTS):
         raise CheckpointError(
             f"{folder} holds a model and an adapter of {base}; merge it with --adapter {folder}, "
             "or move the adapter's files elsewhere"
         )
 
 
-def _find_tensors(folder: Path) -> dict[str, StoredTensor | LoadedTensor]:
-    for (index_name, single), read in zip(_WEIGHT_FILES, (_read_safetensors_header, _map_torch_file), strict=True):
-        if (folder / index_name).exists():
-            weight_map = _read_json(folder / index_name).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{folder / index_name} has no weight_map; download it again")
-            files = sorted(set(weight_map.values()))
-        elif (folder / single).exists():
-            files = [single]
-        else:
-            continue
-        tensors: dict[str, StoredTensor | LoadedTensor] = {}
-        for name in files:
-            # The index comes from a stranger: a shard is a file of this folder, nothing else.
-            if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-                raise CheckpointError(f"{folder} lacks the shard {name}; download it again")
-            tensors |= read(folder / name)
-        return tensors
-    raise CheckpointError(f"{folder} has no weights: neither model.safetensors, nor its index, nor pytorch_model.bin")
+def _refuse_unmerged(folder: Path, tensors: Iterable[str]) -> None:
+    """A model that was saved with its adapter still beside each weight."""
+    if found := next((name for name in tensors if _LORA.search(name)), None):
+        raise CheckpointError(
+            f"{folder} holds a model with an adapter that is not merged ({printable(found)}); "
+            "save it again after peft's merge_and_unload()"
+        )
 
 
-def _read_safetensors_header(file: Path) -> dict[str, StoredTensor | LoadedTensor]:
-    """Format: https://github.com/huggingface/safetensors#format"""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(f"{file.name} is truncated ({size} bytes); download it again")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError:
-            raise CheckpointError(f"{file.name} is not a safetensors file") from None
-    header.pop("__metadata__", None)
+def _require_layers(config: Mapping[str, Any], tensors: int) -> None:
+    """Refuse a number of layers that would take hours to lay out: each has a tensor."""
+    for place in (config, *config.values()):
+        count = place.get("num_hidden_layers") if isinstance(place, dict) else None
+        if isinstance(count, int) and count > tensors:
+            raise CheckpointError(f"config.json has num_hidden_layers={count}, but the checkpoint has only {tensors} tensors")
+
+
+def _find_tensors(folder: Path) -> Mapping[str, StoredTensor | LoadedTensor]:
+    present = [name for name in _WEIGHT_FILES if os.path.lexists(folder / name)]
+    for name in present:
+        if not name.endswith(".index.json"):
+            if f"{name}.index.json" in present:
+                _log.warning("%s is read, as transformers does, and not what %s.index.json names", folder / name, name)
+            return read_tensors(folder / name)
+        weight_map = _weight_map(folder / name)
+        shards = sorted(set(weight_map.values()))
+        if name != present[-1] and not any(os.path.lexists(folder / shard) for shard in shards):
+            continue  # left over from weights that are gone
+        return _read_shards(folder, shards, weight_map)
+    raise CheckpointError(f"{folder} has no weights: neither {', '.join(_WEIGHT_FILES[:-1])} nor {_WEIGHT_FILES[-1]}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of each tensor."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    for shard in weight_map.values():
+        # The index comes from a stranger: a shard is a file of this folder, nothing else.
+        if (
+            not isinstance(shard, str)
+            or shard in ("", ".", "..")
+            or Path(shard).name != shard
+            or not shard.isprintable()
+            or len(shard) > 255
+        ):
+            raise CheckpointError(f"{index.parent} lacks the shard {printable(str(shard))[:255]}; download it again")
+    return weight_map
+
+
+def _read_shards(folder: Path, shards: list[str], weight_map: Mapping[str, str]) -> dict[str, StoredTensor | LoadedTensor]:
     tensors: dict[str, StoredTensor | LoadedTensor] = {}
-    end = 8 + length
-    for name, entry in header.items():
-        try:
-            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{file.name} has a damaged header at {name}") from None
-        end = max(end, 8 + length + stop)
-        if dtype in _DTYPES and stop - start != int(np.prod(shape)) * _DTYPES[dtype].itemsize:
-            raise CheckpointError(
-                f"{file.name} has a damaged header: {name} has {stop - start} bytes for shape {list(shape)} {dtype}"
-            )
-        tensors[name] = StoredTensor(name, shape, dtype, file, 8 + length + start)
-    if end > size:
-        raise CheckpointError(f"{file.name} is truncated: {size} of {end} bytes; download it again")
+    for shard in shards:
+        if not (folder / shard).exists():
+            raise CheckpointError(f"{folder} lacks the shard {shard}; download it again")
+        found = read_tensors(folder / shard)
+        # of a tensor that two shards hold, the index says which counts
+        tensors |= {name: tensor for name, tensor in found.items() if name not in tensors or weight_map.get(name) == shard}
     return tensors
 
 
-def _map_torch_file(file: Path) -> dict[str, StoredTensor | LoadedTensor]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise CheckpointError(f"{file.name} cannot be read ({str(error).splitlines()[0]}); download it again") from None
-    return {name: LoadedTensor(name, value) for name, value in state.items()}
+def require_floats(tensor: CheckpointTensor) -> None:
+    """Raise `CheckpointError` for a tensor whose numbers are no plain floats; one that is merged looks at its own."""
+    if isinstance(tensor, StoredTensor | LoadedTensor):
+        require_float(tensor)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error})") from None
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a checkpoint's file holds; raises `CheckpointError`."""
+    text = read_regular(path, error=CheckpointError, within=path.parent, max_bytes=_JSON_BYTES)
+    data = parse_json(text, str(path), error=CheckpointError, max_bytes=_JSON_BYTES)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return data

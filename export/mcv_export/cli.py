@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -22,7 +23,7 @@ from mcv_export.memory import peak_rss_mb
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName, Manifest
 from mcv_runtime.command import terminal
-from mcv_runtime.errors import CheckpointError, OptionError
+from mcv_runtime.errors import CheckpointError, OptionError, printable
 
 if TYPE_CHECKING:
     from mcv_calibration.samples import SampleSet
@@ -132,7 +133,7 @@ def build_command(
     text_graphs: Annotated[
         bool, typer.Option("--text-graphs", help="Add tokenizer.onnx and detokenizer.onnx, for hosts without Python.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a bundle.")] = False,
     as_json: Json = False,
 ) -> None:
     """Build a bundle. Needs little memory: weights are streamed and quantized a few rows at a time."""
@@ -141,6 +142,7 @@ def build_command(
     from mcv_export.build import BuildOptions, build
     from mcv_export.calibrate import SampleOptions
     from mcv_export.hub import locate
+    from mcv_export.output_folder import check_output
     from mcv_export.precision import Wishes, read_recipe
 
     gate = Gate(max_kl=max_kl, min_agreement=min_agreement)
@@ -167,6 +169,7 @@ def build_command(
         text_graphs=text_graphs,
         int8_cache=kv == "int8",
     )
+    check_output(out, Path(model).expanduser(), force=force)  # before gigabytes are fetched
     with _progress() as progress:
         folder = locate(model, revision=revision, cache_dir=cache_dir)
         adapters = tuple(find_adapter(one, cache_dir=cache_dir) for one in adapter or ())
@@ -214,27 +217,28 @@ def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
         return
     origin = f"{manifest.model} @ {manifest.revision}" if manifest.revision else manifest.model
     total = sum(file.size for file in manifest.files.values())
-    typer.echo(f"{origin} ({manifest.family}), {_megabytes(total)} in {len(manifest.files)} files")
+    _say(f"{origin} ({manifest.family}), {_megabytes(total)} in {len(manifest.files)} files")
     for adapter in manifest.adapters:
         at = f" @ {adapter.revision}" if adapter.revision else ""
-        typer.echo(f"merged: {adapter.name}{at}, weight {adapter.weight:g}")
-    typer.echo(f"made with {', '.join(f'{name} {version}' for name, version in manifest.tools.items())}")
+        _say(f"merged: {adapter.name}{at}, weight {adapter.weight:g}")
+    _say(f"made with {', '.join(f'{name} {version}' for name, version in manifest.tools.items())}")
     image, text, generation = manifest.image, manifest.text, manifest.generation
-    typer.echo(f"images: slices of about {image.scale_resolution} px, at most {image.max_slice_nums}; {_tokens(manifest)}")
-    typer.echo(
+    _say(f"images: slices of about {image.scale_resolution} px, at most {image.max_slice_nums}; {_tokens(manifest)}")
+    _say(
         f"text: vocabulary {text.vocab_size}, context {text.context_length}, repetition penalty {generation.repetition_penalty}"
     )
     for name, graph in manifest.graphs.items():
         size = sum(file.size for path, file in manifest.files.items() if path.startswith(graph.file))
-        typer.echo(f"\n{name}: {graph.file}, {graph.precision}, {_megabytes(size)}")
+        typer.echo()
+        _say(f"{name}: {graph.file}, {graph.precision}, {_megabytes(size)}")
         cached = {n for entry in manifest.cache for n in (entry.input, entry.output)} if name == "decoder_with_past" else set()
         for direction, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
             for key, spec in tensors.items():
                 if key not in cached:
-                    typer.echo(f"  {direction} {key}: {spec.dtype} [{', '.join(map(str, spec.shape))}]")
+                    _say(f"  {direction} {key}: {spec.dtype} [{', '.join(map(str, spec.shape))}]")
         if cached:
             entry = manifest.cache[0]
-            typer.echo(f"  and {len(manifest.cache)} cache tensors such as {entry.input}: {entry.dtype} {list(entry.shape)}")
+            _say(f"  and {len(manifest.cache)} cache tensors such as {entry.input}: {entry.dtype} {list(entry.shape)}")
 
 
 @app.command()
@@ -388,12 +392,17 @@ def _print_result(result: BuildResult) -> None:
         file = result.manifest.graphs[built.name].file
         table.add_row(built.name, built.precision, file, _megabytes(built.size), f"{built.seconds:.1f} s")
     total = sum(file.size for file in result.manifest.files.values())
-    table.add_row("all", "", str(result.folder), _megabytes(total), f"{result.seconds:.1f} s")
+    table.add_row("all", "", escape(str(result.folder)), _megabytes(total), f"{result.seconds:.1f} s")
     Console().print(table)
     typer.echo(
         f"peak memory {peak_rss_mb():.0f} MB\n"
         f"ask it something: mcv-run -m {result.folder} --image photo.jpg --prompt 'What is this?'"
     )
+
+
+def _say(text: str) -> None:
+    """Print a line that holds texts of a bundle, which may be a stranger's."""
+    typer.echo(printable(text))
 
 
 def _tokens(manifest: Manifest) -> str:

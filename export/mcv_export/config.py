@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer
 from mcv_export.checkpoint import Checkpoint
 from mcv_runtime.bundle.manifest import GenerationSpec
 from mcv_runtime.errors import CheckpointError
+from mcv_runtime.files import parse_json
 
 
 def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -76,9 +76,8 @@ def expect(config: Mapping[str, Any], key: str, wanted: object) -> None:
 
 def chat_template(checkpoint: Checkpoint) -> str:
     """The checkpoint's chat template, from its own file or from tokenizer_config.json."""
-    path = checkpoint.folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
+    if os.path.lexists(checkpoint.folder / "chat_template.jinja"):
+        return checkpoint.text("chat_template.jinja")
     template = checkpoint.json("tokenizer_config.json").get("chat_template")
     if not isinstance(template, str):
         raise CheckpointError(
@@ -90,8 +89,8 @@ def chat_template(checkpoint: Checkpoint) -> str:
 def copy_texts(checkpoint: Checkpoint, folder: Path, template: str | None) -> None:
     """Tokenizer and configs as the checkpoint has them, and the chat template."""
     for name in ("tokenizer.json", "preprocessor_config.json", "generation_config.json"):
-        if (checkpoint.folder / name).exists():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+        if os.path.lexists(checkpoint.folder / name):
+            (folder / name).write_bytes(checkpoint.text(name).encode())
     # newline="": a template is data, its line ends stay as they are
     with (folder / "chat_template.jinja").open("w", encoding="utf-8", newline="") as file:
         file.write(template or chat_template(checkpoint))
@@ -120,7 +119,7 @@ def newline_id(checkpoint: Checkpoint, config: Mapping[str, Any]) -> int:
     if isinstance(known := config.get("newline_id"), int):
         return known
     try:
-        ids = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json")).encode("\n", add_special_tokens=False).ids
+        ids = Tokenizer.from_str(checkpoint.text("tokenizer.json")).encode("\n", add_special_tokens=False).ids
     except Exception as error:  # tokenizers raises nothing more specific
         raise CheckpointError(f"tokenizer.json cannot be used: {error}") from None
     if len(ids) != 1:
@@ -130,12 +129,13 @@ def newline_id(checkpoint: Checkpoint, config: Mapping[str, Any]) -> int:
 
 def _added_tokens(checkpoint: Checkpoint) -> list[tuple[str, int, bool]]:
     path = checkpoint.folder / "tokenizer.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{checkpoint.folder} has no tokenizer.json")
+    settings = parse_json(checkpoint.text("tokenizer.json"), str(path), error=CheckpointError)
     try:
-        tokens = json.loads(path.read_text(encoding="utf-8"))["added_tokens"]
+        tokens = settings["added_tokens"]
         return [(token["content"], token["id"], bool(token.get("special"))) for token in tokens]
-    except (ValueError, KeyError, TypeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); download it again") from None
 
 

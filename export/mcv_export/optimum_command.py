@@ -48,7 +48,7 @@ class ExportMcv(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum states 
             more.add_argument(f"--{graph}", choices=FORMATS, help="Weights of this graph.")
         more.add_argument("--group-size", type=int, default=32, help="Weights that share a scale (default: %(default)s).")
         more.add_argument("--text-graphs", action="store_true", help="Add tokenizer.onnx and detokenizer.onnx.")
-        more.add_argument("--force", action="store_true", help="Replace the output folder if it exists.")
+        more.add_argument("--force", action="store_true", help="Replace the output folder if it is a bundle.")
 
     def run(self) -> None:
         from mcv_runtime.command import terminal

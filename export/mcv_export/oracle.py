@@ -18,6 +18,7 @@ from mcv_calibration.continuation import continuation_feed
 from mcv_export import config as cfg
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.eager import eager_module
+from mcv_export.file_specs import folder_specs
 from mcv_export.plan import ModelPlan
 from mcv_export.remembering import RememberingSession
 from mcv_graphs.contract import GraphIO
@@ -99,9 +100,9 @@ def oracle_engine(
                 file=graph.name, precision="fp32", inputs=graph.io.all_inputs, outputs=graph.io.all_outputs
             )
             (folder / graph.name).touch()
-        manifest = plan.manifest(family="", model=checkpoint.folder.name, graphs=specs)
-        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         cfg.copy_texts(checkpoint, folder, plan.chat_template)
+        manifest = plan.manifest(family="", model=checkpoint.folder.name, graphs=specs, files=folder_specs(folder))
+        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
         def open_module(path: Path, options: ort.SessionOptions) -> Session:
             return sessions[path.name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,11 +25,12 @@ from mcv_export.block_errors import block_errors
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.eager import eager_module
 from mcv_export.families import recognise
+from mcv_export.file_specs import file_spec
 from mcv_export.oracle import TorchSession
 from mcv_export.plan import ModelPlan
 from mcv_export.remembering import RememberingSession
 from mcv_runtime.bundle.folder import Bundle
-from mcv_runtime.bundle.manifest import FILE_NAME, FileSpec, GraphName
+from mcv_runtime.bundle.manifest import FILE_NAME, GraphName
 from mcv_runtime.errors import CheckpointError, OptionError, OutputError
 
 CHECKPOINT = "the checkpoint"
@@ -184,7 +184,7 @@ def keep_in_bundle(made: Reported, folder: Path) -> None:
         if others.keys() != manifest.files.keys():
             _replace(folder / FILE_NAME, replace(manifest, files=others).to_json())
         keep(made, folder)
-        listed = {name: _spec(folder / name) for name in (HTML_NAME, JSON_NAME)}
+        listed = {name: file_spec(folder / name) for name in (HTML_NAME, JSON_NAME)}
         _replace(folder / FILE_NAME, replace(manifest, files=dict(sorted({**others, **listed}.items()))).to_json())
     except OSError as error:
         if isinstance(error, OutputError):
@@ -220,8 +220,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _spec(path: Path) -> FileSpec:
-    content = path.read_bytes()
-    return FileSpec(size=len(content), sha256=hashlib.sha256(content).hexdigest())

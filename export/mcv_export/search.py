@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +19,13 @@ from mcv_export.adapters import open_merged
 from mcv_export.block_errors import block_errors
 from mcv_export.build import BuildOptions, build
 from mcv_export.families import recognise
+from mcv_export.output_folder import check_output, claimed_folder, failures
 from mcv_export.plan import GraphPlan
 from mcv_export.precision import resolved
 from mcv_export.report import CheckpointReference, ReportOptions, checkpoint_reference
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName
-from mcv_runtime.errors import McvError, OptionError, OutputError
+from mcv_runtime.errors import OptionError
 
 _AS_REPORTED = ReportOptions()
 _log = logging.getLogger(__name__)
@@ -47,20 +47,13 @@ def search_recipe(
     """
     if gate.open:
         raise OptionError("a search needs a gate to pass: give it --max-kl or --min-agreement")
-    if beside.exists() and not options.force:  # hours before the build itself would find out
-        raise OutputError(f"{beside} exists; choose another folder, or replace it with --force")
+    place = check_output(beside, checkpoint, force=options.force)  # hours before the build itself would find out
     opened = open_merged(checkpoint, options.adapters)
     plan = recognise(opened.config).plan(opened)
     start = resolved(options.chosen(), [graph.name for graph in plan.graphs if not graph.shares])
-    try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{beside.name}.", suffix=".search", dir=beside.parent) as folder:
-            attempts = _Attempts(Path(folder), checkpoint, options, samples, measuring, progress)
-            return find_recipe(start, attempts.measure, attempts.ladder, gate, attempts.costs)
-    except OSError as error:
-        if isinstance(error, McvError) or error.errno is None:
-            raise
-        raise OutputError(f"{beside.parent} cannot be written: {error.strerror}") from None
+    with failures(beside), claimed_folder(place, ".search") as folder:
+        attempts = _Attempts(folder, checkpoint, options, samples, measuring, progress)
+        return find_recipe(start, attempts.measure, attempts.ladder, gate, attempts.costs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mcv_calibration.measured import Measured
-from mcv_export.checkpoint import Checkpoint, CheckpointTensor, StoredTensor, matrix_shape
+from mcv_export.checkpoint import Checkpoint, CheckpointTensor, require_floats
 from mcv_export.plan import GraphPlan, Part, Transform
 from mcv_export.storage import IN_FLOAT, Storage, common_factors, feed_forward, folds
+from mcv_export.tensor_files import matrix_shape
 from mcv_graphs.layers import Embedding, Linear
 from mcv_runtime.errors import CheckpointError, OptionError
 
@@ -24,6 +26,13 @@ _TRANSFORMS: dict[Transform, Callable[[NDArray[np.float32]], NDArray[np.float32]
     "plus_one": lambda values: values + np.float32(1),
     "negative_exp": lambda values: -np.exp(values),
 }
+
+
+def require_finite(values: NDArray[Any], what: str) -> None:
+    """Raise `CheckpointError` for NaN and infinity, with which a model answers nothing: damage, or a merge in fp16."""
+    if not np.isfinite(values).all():
+        kind = "NaN" if np.isnan(values).any() else "infinite values"
+        raise CheckpointError(f"{what} has {kind}; download it again, or merge or train it again in bf16 or fp32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,9 @@ class Source:
                 else:
                     rows = tensor.rows(part.offset + low, part.offset + high)
                 rows = rows if part.transform is None else _TRANSFORMS[part.transform](rows)
-                pieces.append(rows if part.scale == 1 else rows * np.float32(part.scale))
+                rows = rows if part.scale == 1 else rows * np.float32(part.scale)
+                require_finite(rows, f"tensor {part.tensor}")
+                pieces.append(rows)
             start += count
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -102,10 +113,7 @@ def resolve(plan: GraphPlan, checkpoint: Checkpoint, storage: Storage = IN_FLOAT
             if matrix_shape(tensor.shape) != wanted:
                 want = list(wanted) if len(tensor.shape) > 1 or columns > 1 else [wanted[0]]
                 raise CheckpointError(f"tensor {part.tensor} has shape {list(tensor.shape)}, but config.json asks for {want}")
-            if isinstance(tensor, StoredTensor) and tensor.dtype not in ("F32", "F16", "BF16"):
-                raise CheckpointError(
-                    f"tensor {part.tensor} has type {tensor.dtype}; build from a checkpoint in bf16, fp16 or fp32"
-                )
+            require_floats(tensor)
             parts.append((part, tensor, count))
         sources[name] = Source((rows, columns), tuple(parts))
     return _adjusted(sources, module, storage.measured)

@@ -13,7 +13,7 @@ from torch import nn
 
 from mcv_export.layer_weights import constants, int8_rows, quantized_chunks
 from mcv_export.plan import GraphPlan
-from mcv_export.sources import CHUNK_VALUES, Source
+from mcv_export.sources import CHUNK_VALUES, Source, require_finite
 from mcv_export.storage import Storage
 from mcv_graphs.formats import Int8Format
 from mcv_graphs.layers import Embedding, Linear
@@ -62,7 +62,9 @@ def write_weights(
             if name in twins:
                 advance(sources[f"{owner}.weight"].size if leaf in ("qweight", "weight") else 0)
             elif name in computed:
-                _write(stream, offset, computed[name]())
+                values = computed[name]()
+                require_finite(values, name)
+                _write(stream, offset, values)
             elif leaf == "qweight" and isinstance(child, Linear | Embedding):
                 at = {leaf: offsets[f"{owner}.{leaf}"] for leaf, _ in child.named_buffers(recurse=False)}
                 write = _write_int8 if isinstance(child.format, Int8Format) else _write_blocks

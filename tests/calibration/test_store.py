@@ -1,13 +1,16 @@
 """What is kept of a calibration: found again, replaced whole, and thrown away when damaged."""
 
+import io
 import logging
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mcv_calibration.store import Store, cache_folder, content_hash, fingerprint
+from mcv_calibration.store import Store, content_hash, fingerprint
+from mcv_runtime.bundle.checked import cache_folder
 
 ARRAYS = {"a/b": np.arange(5000, dtype=np.float32), "done": np.array(3)}
 
@@ -29,6 +32,50 @@ def test_keys_tell_everything_apart(tmp_path: Path) -> None:
     keys = [one.key("x", "y"), one.key("xy"), one.key("x", "y", ""), one.key("y", "x"), other.key("x", "y")]
     assert len(set(keys)) == len(keys)
     assert content_hash("a\0b") != content_hash("a", "b")
+
+
+def zipped(content: bytes, *, flags: int = 0, method: int = 0) -> bytes:
+    """An archive with one array, whose two headers say that it is encrypted, or compressed in another way."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.npy", content)
+    data = bytearray(file.getvalue())
+    for header in (6, data.index(b"PK\x01\x02") + 8):
+        data[header], data[header + 2] = flags, method
+    return bytes(data)
+
+
+def test_entries_that_hang_or_fill_memory_are_discarded(tmp_path: Path) -> None:
+    """A pipe, an encrypted archive, an unknown compression, an array of 2 ** 60 numbers, a header that is no Python."""
+    store = Store("tiny", tmp_path)
+    key = store.key("x")
+    path = tmp_path / f"{key}.npz"
+    os.mkfifo(path)
+    assert store.load(key) is None
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1152921504606846976,), }".ljust(117) + b"\n"
+    giant = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    for content in (
+        zipped(b"", flags=1),
+        zipped(b"", method=99),
+        zipped(giant),
+        zipped(giant.replace(b"(115", b"((((")),
+        b"PK",
+    ):
+        path.write_bytes(content)
+        assert store.load(key) is None
+        assert not path.exists()
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    store = Store("tiny", tmp_path)
+    key = store.key("x")
+    old, new, other = (tmp_path / name for name in (f"{key}.a.partial", f"{key}.b.partial", "c.partial"))
+    for left in (old, new, other):
+        left.touch()
+    for left in (old, other):
+        os.utime(left, (0, 0))
+    store.save(key, ARRAYS)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / f"{key}.npz", new, other])
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])

@@ -154,7 +154,7 @@ TENSORS: list[tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = [
     (lambda t: t.update({B: torch.zeros(512, 4)}), r"q_proj.lora_B has shape \[512, 4\], which does not fit"),
     (lambda t: t.update({B: torch.zeros(256, 8)}), r"q_proj.lora_B has shape \[256, 8\], which does not fit"),
     (lambda t: t.update({A: torch.zeros(0), B: torch.zeros(0)}), r"q_proj.lora_A has shape \[0\], which does not fit"),
-    (lambda t: t.update({A: t[A].to(torch.int8)}), "type I8; use bf16, fp16 or fp32"),
+    (lambda t: t.update({A: t[A].to(torch.int8)}), "has type I8; "),
     (lambda t: t.update({M: torch.ones(256)}), "lora_magnitude_vector is more than its adapter_config.json says"),
     (lambda t: t.update({A.replace("layers.0", "layers.7"): t[A]}), r"layers.7.self_attn.q_proj.weight is none that .* has"),
     (lambda t: t.update({"base_model.model.score.weight": torch.ones(2, 256)}), "its tensor score.weight is none that"),

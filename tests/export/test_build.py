@@ -15,7 +15,7 @@ from mcv_export import cli
 from mcv_export.build import BuildOptions, build
 from mcv_runtime import load
 from mcv_runtime.bundle.folder import Bundle
-from mcv_runtime.errors import BundleError, CheckpointError
+from mcv_runtime.errors import BundleError
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +112,6 @@ def test_overrides_and_default(source: Path, tmp_path: Path) -> None:
     assert precisions == {"vision_encoder": "int8-static", "resampler": "fp32", "decoder_with_past": "q4"}
 
 
-def test_force_replaces_and_keeps_the_old_on_failure(source: Path, checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "bundle"
-    out.mkdir()
-    (out / "precious").touch()
-    (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError):
-        build(checkpoint, out, BuildOptions(precision="fp32", force=True))
-    assert (out / "precious").exists()
-    build(source, out, BuildOptions(precision="fp32", force=True))
-    assert not (out / "precious").exists()
-    assert Bundle.open(out)
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
 def test_shards_and_bin_files_give_the_same_bundle(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
@@ -169,6 +155,24 @@ def test_minicpm_o_without_its_ears_and_voice(
     assert result.notice is not None
     assert "audio" in result.notice
     assert result.manifest.files == Bundle.open(bundles["q8"]).manifest.files
+
+
+def test_inspect_obeys_no_terminal_codes(bundles: dict[str, Path], tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
+    folder = shutil.copytree(bundles["q8"], tmp_path / "bundle")
+    manifest = json.loads((folder / "mcv.json").read_text())
+    manifest["model"] = "\x1b]0;owned\x07 \u202egnp.exe 模型"
+    (folder / "mcv.json").write_text(json.dumps(manifest))
+    code, printed = run("inspect", folder)
+    assert code == 0
+    assert printed.startswith(r"\x1b]0;owned\x07 \u202egnp.exe 模型 (minicpmv2_6)")
+
+
+def test_verify_needs_a_list(bundles: dict[str, Path], tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
+    folder = shutil.copytree(bundles["q8"], tmp_path / "bundle")
+    manifest = json.loads((folder / "mcv.json").read_text())
+    manifest["files"] = {}
+    (folder / "mcv.json").write_text(json.dumps(manifest))
+    assert run("verify", folder) == (2, "")
 
 
 def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:

@@ -210,6 +210,7 @@ def test_wishes_that_make_no_sense(
     ("text", "words"),
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "levels deep"),
         ("[]", "an object with `graphs`"),
         ('{"graphs": {"ears": {"precision": "q8"}}}', "'ears'"),
         ('{"graphs": {"resampler": {"precision": "q5"}}}', "'q5' is none of"),

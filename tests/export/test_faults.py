@@ -68,7 +68,7 @@ def test_config(fails: Callable[..., str], edit_config: Callable[..., Path], cha
 
 def test_config_that_is_no_json(fails: Callable[..., str], checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text("{")
-    assert "config.json cannot be read as JSON" in fails(checkpoint)
+    assert "config.json is not JSON" in fails(checkpoint)
 
 
 NAME, BIAS = "llm.model.layers.1.mlp.up_proj.weight", "llm.model.layers.0.self_attn.k_proj.bias"
@@ -129,6 +129,21 @@ def test_output_exists(fails: Callable[..., str], checkpoint: Path, tmp_path: Pa
     assert "--force" in fails(checkpoint)
 
 
+def test_output_is_the_checkpoint(fails: Callable[..., str], checkpoint: Path) -> None:
+    """Whatever the options; the message comes before any work."""
+    for options in ((), ("--force",), ("--force", "--search", "--max-kl", "1")):
+        said = fails(checkpoint, *options, target=checkpoint)
+        assert said == f"{checkpoint} is the checkpoint; choose another folder"
+
+
+def test_output_holds_something_else(fails: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/wedding.jpg").touch()
+    for options in ((), ("--force",)):
+        said = fails(checkpoint, *options, target=tmp_path / "photos")
+        assert said == f"{tmp_path / 'photos'} exists and is no bundle; choose another folder"
+
+
 def test_output_cannot_be_made(fails: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "cannot be written" in fails(checkpoint, target=tmp_path / "file" / "bundle")
@@ -156,18 +171,19 @@ def test_no_space_left(checkpoint: Path, tmp_path: Path, limit: int) -> None:
     assert _tree(out.parent) == []
 
 
-def test_interrupted(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_interrupted(checkpoint: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     out = tmp_path / "out" / "bundle"
     command = [sys.executable, "-c", "from mcv_export.cli import main; main()", "build", str(checkpoint), str(out)]
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+    heed = partial(signal.signal, number, signal.SIG_DFL)  # what a shell starts in the background ignores SIGINT
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
-        while not (out.parent.exists() and any(path.name == "onnx" for path in out.parent.rglob("*"))):
+        while not (out.parent.exists() and any(path.name == "tokenizer.json" for path in out.parent.rglob("*"))):
             assert process.poll() is None
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, number)
         assert process.stderr is not None
         said = process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "interrupted; nothing was kept" in said
     assert "Traceback" not in said
     assert _tree(out.parent) == []

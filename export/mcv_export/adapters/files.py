@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcv_export.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointTensor, read_tensors
+from mcv_export.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointTensor
+from mcv_export.tensor_files import read_tensors
 from mcv_runtime.errors import CheckpointError
 
 BESIDE = ("vpm_resampler_embedtokens.pt", "vit.safetensors", "non_lora_trainables.bin")

@@ -15,8 +15,9 @@ from mcv_export.adapters.names import is_of_another_maker, is_of_another_model, 
 from mcv_export.adapters.settings import LoraSettings, read_settings
 from mcv_export.adapters.tensors import Bias, Delta, InFull, LowRank, MergedTensor, TokenRows, same_values
 from mcv_export.adapters.ties import Tie, tie_of, untied
-from mcv_export.checkpoint import ADAPTER_CONFIG, Checkpoint, CheckpointTensor, StoredTensor, matrix_shape
+from mcv_export.checkpoint import ADAPTER_CONFIG, Checkpoint, CheckpointTensor, require_floats
 from mcv_export.families import recognise
+from mcv_export.tensor_files import matrix_shape
 from mcv_runtime.errors import CheckpointError
 
 _BUFFERS = ("inv_freq", "pos_embed", "position_ids")
@@ -127,7 +128,7 @@ class _Merger:
             resized = tensor.shape[1:] == base.shape[1:] and ("embed_tokens" in name or "lm_head" in name)
             why = "; its vocabulary was resized: build from the base with embeddings resized likewise" if resized else ""
             self._refuse(adapter, key, f"has shape {list(tensor.shape)}, but the base has {list(base.shape)}{why}")
-        _require_float(adapter, tensor)
+        require_floats(tensor)
         name = self._place(name)
         if name in self.full and self.full[name][1] is not adapter:
             held, holder = self.full[name]
@@ -155,7 +156,7 @@ class _Merger:
         if (misfit := _misfit(layer, base)) is not None:
             self._refuse(adapter, *misfit)
         for tensor in (base, *layer.parts.values()):
-            _require_float(adapter, tensor)
+            require_floats(tensor)
         a, b = layer.parts[first], layer.parts[second]
         if a.shape[0] != (rank := settings.rank_of(layer.wrapped)):
             self._refuse(adapter, f"{layer.name}.{first}", f"has rank {a.shape[0]}, but its {ADAPTER_CONFIG} says {rank}")
@@ -179,7 +180,7 @@ class _Merger:
             self._refuse(
                 adapter, key, f"has shape {list(tensor.shape)}, for {len(ids)} trainable_token_indices of {list(base.shape)}"
             )
-        _require_float(adapter, tensor)
+        require_floats(tensor)
         rows = self.rows.setdefault(self._place(name), [])
         if any(np.intersect1d(other.ids, ids).size for other in rows):
             self._refuse(adapter, key, "has tokens that another adapter has too; only one of them can replace them")
@@ -219,10 +220,3 @@ def _misfit(layer: Layer, base: CheckpointTensor) -> tuple[str, str] | None:
         if not fits or not rank:
             return f"{layer.name}.{name}", f"has shape {list(part.shape)}, which does not fit the base's {list(base.shape)}"
     return None
-
-
-def _require_float(adapter: Adapter, tensor: CheckpointTensor) -> None:
-    if isinstance(tensor, StoredTensor) and tensor.dtype not in ("F32", "F16", "BF16"):
-        raise CheckpointError(
-            f"the adapter {adapter.name}: tensor {tensor.name} has type {tensor.dtype}; use bf16, fp16 or fp32"
-        )

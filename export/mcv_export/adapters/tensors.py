@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mcv_export.checkpoint import CheckpointTensor, matrix_shape
+from mcv_export.checkpoint import CheckpointTensor
+from mcv_export.tensor_files import matrix_shape
 
 Rows = NDArray[np.float32]
 _CHUNK_VALUES = 1 << 22

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
-from mcv_runtime.errors import BundleCorruptError
+from mcv_runtime.bundle.typed_json import Between, OneOf, parse
+from mcv_runtime.errors import BundleCorruptError, shown
+from mcv_runtime.files import parse_json
 
 FORMAT = 1
 FILE_NAME = "mcv.json"
@@ -30,12 +31,26 @@ GraphName = Literal[
 ]
 
 
+Id = Annotated[int, Between(0, 1 << 24)]
+Count = Annotated[int, Between(1, 1 << 24)]
+"""Of tokens."""
+Side = Annotated[int, Between(1, 1 << 14)]
+"""Of pictures in pixels, tables in patches; a small number of anything."""
+DType = Annotated[str, OneOf({"float32", "float16", "int8", "uint8", "int32", "int64", "bool"})]
+_MOST_STATE = 1 << 26
+"""Values of a cache's tensor for one token, or of a state in all; published models have 2 ** 20."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
     """One input or output of a graph: element type and shape; a string names a dynamic axis."""
 
-    dtype: str
-    shape: tuple[int | str, ...]
+    dtype: DType
+    shape: tuple[Id | str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) > 8:
+            raise BundleCorruptError(f"a tensor has {len(self.shape)} axes; at most 8 are known")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +73,15 @@ class CacheEntry:
 
     input: str
     output: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    dtype: DType
+    shape: tuple[Id | str, ...]
+
+    def __post_init__(self) -> None:
+        named, sizes = ([axis for axis in self.shape if isinstance(axis, kind)] for kind in (str, int))
+        if self.shape[:1] != ("batch",) or named not in (["batch"], ["batch", "cache_length"]):
+            raise BundleCorruptError(f"cache: {shown(self.input)} has other axes than batch, the first, and cache_length")
+        if not 0 < math.prod(map(int, sizes)) <= _MOST_STATE:
+            raise BundleCorruptError(f"cache: {shown(self.input)} has the shape {shown(list(self.shape))}, as no cache has")
 
     @property
     def grows(self) -> bool:
@@ -71,7 +93,7 @@ class DownsampleSpec:
     """One way to compress a slice: the vision encoder's graph, and the side of the square of patches behind a visual token."""
 
     graph: GraphName
-    merge: int
+    merge: Side
 
 
 SmallImageUpsize = Literal["always", "never", "adaptive"]
@@ -91,14 +113,14 @@ class ImageSpec:
     """
 
     slicing: Literal["adaptive_grid", "aligned_grid", "square"] = "adaptive_grid"
-    scale_resolution: int = 448
-    patch_size: int = 14
-    max_slice_nums: int = 9
+    scale_resolution: Side = 448
+    patch_size: Side = 14
+    max_slice_nums: Side = 9
     slice_mode: bool = True
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     positions: Literal["bucketized", "strip", "resized"] = "bucketized"
-    position_table_side: int = 70
+    position_table_side: Annotated[int, Between(1, 1024)] = 70
     downsample: Mapping[str, DownsampleSpec] = field(default_factory=dict)
     downsample_mode: str | None = None
     small_image_upsize: SmallImageUpsize = "always"
@@ -129,7 +151,7 @@ class PlaceholderSpec:
 
     strategy: Literal["image_id_slices", "bracketed_slices"] = "image_id_slices"
     token: str
-    tokens_per_slice: int | None = None
+    tokens_per_slice: Side | None = None
     image_start: str = "<image>"
     image_end: str = "</image>"
     slice_start: str = "<slice>"
@@ -147,17 +169,17 @@ class TextSpec:
 
     tokenizer: str = "tokenizer.json"
     chat_template: str = "chat_template.jinja"
-    vocab_size: int
-    context_length: int
+    vocab_size: Count
+    context_length: Annotated[int, Between(1, 1 << 21)]
     part_separator: str = "\n"
     """What stands between pictures and texts of one message."""
-    dropped_ids: tuple[int, ...] = ()
+    dropped_ids: tuple[Id, ...] = ()
     """Ids that the family removes from an answer before it is decoded."""
     template_variables: Mapping[str, str] = field(default_factory=dict)
     """What the chat template may name: `bos_token` and the like."""
     positions: Literal["sequential", "canvas"] = "sequential"
     """How tokens are numbered for the decoder: one after the other, or pictures as areas of time, row and column."""
-    newline_id: int | None = None
+    newline_id: Id | None = None
     """The token between two rows of slices, which `canvas` places."""
 
 
@@ -171,20 +193,20 @@ class VideoSpec:
     """
 
     strategy: Literal["frames", "packed"] = "frames"
-    max_num_frames: int = 128
-    stack_frames: int | None = None
-    max_slice_nums: int = 1
-    sample_fps: float = 3.0
-    max_packing: int = 3
+    max_num_frames: Side = 128
+    stack_frames: Side | None = None
+    max_slice_nums: Side = 1
+    sample_fps: Annotated[float, Between(0.001, 1000)] = 3.0
+    max_packing: Side = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
     """Generation defaults of the checkpoint."""
 
-    stop_token_ids: tuple[int, ...]
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 512
+    stop_token_ids: tuple[Id, ...]
+    repetition_penalty: Annotated[float, Between(0.01, 100)] = 1.0
+    max_new_tokens: Count = 512
 
     def __post_init__(self) -> None:
         if not self.stop_token_ids:
@@ -195,7 +217,7 @@ class GenerationSpec:
 class FileSpec:
     """Size in bytes and sha256 (hex) of one bundle file."""
 
-    size: int
+    size: Annotated[int, Between(0, 1 << 60)]
     sha256: str
 
 
@@ -227,7 +249,7 @@ class Manifest:
     placeholder: PlaceholderSpec
     text: TextSpec
     generation: GenerationSpec
-    hidden_size: int
+    hidden_size: Count
     """Width of a visual token and of a text embedding."""
     video: VideoSpec | None = None
     """None: the model, or this toolchain, takes no videos."""
@@ -247,59 +269,28 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Parse `mcv.json`; raises `BundleCorruptError` naming the first key that is missing or wrong."""
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise BundleCorruptError(f"{FILE_NAME} is not JSON ({error})") from error
+        data = parse_json(text, FILE_NAME, error=BundleCorruptError)
         version = data.get("format") if isinstance(data, dict) else None
         if version != FORMAT:
             raise BundleCorruptError(
-                f"{FILE_NAME} has format {version!r}, this runtime reads format {FORMAT}; build the bundle again"
+                f"{FILE_NAME} has format {shown(version)}, this runtime reads format {FORMAT}; build the bundle again"
             )
         manifest: Manifest = parse(cls, data, FILE_NAME)
+        manifest._check_graphs()
         return manifest
 
-
-def parse(kind: Any, value: Any, where: str) -> Any:
-    """`value` (as `json.loads` gives it) as an instance of the annotated type `kind`; `where` it stands, for the message."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise BundleCorruptError(f"{where} must be an object")
-        hints = get_type_hints(kind)
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        for name in value.keys() - fields.keys():
-            raise BundleCorruptError(f"{where} has the unknown key {name!r}; is the bundle newer than this runtime?")
-        for name, f in fields.items():
-            if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                raise BundleCorruptError(f"{where} lacks the key {name!r}")
-        make: Any = kind
-        return make(**{name: parse(hints[name], item, f"{where}: {name}") for name, item in value.items()})
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin is Literal:
-        if value not in args:
-            raise BundleCorruptError(f"{where} is {value!r}; this runtime knows {', '.join(map(repr, args))}")
-        return value
-    if origin in (types.UnionType, typing.Union):
-        for option in args:
-            if option is type(None) and value is None:
-                return None
-            if option in (int, str) and type(value) is option:
-                return value
-            if dataclasses.is_dataclass(option) and isinstance(value, dict):
-                return parse(option, value, where)
-        raise BundleCorruptError(f"{where} has the unusable value {value!r}")
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise BundleCorruptError(f"{where} must be a list")
-        return tuple(parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, dict):
-            raise BundleCorruptError(f"{where} must be an object")
-        return {parse(args[0], key, where): parse(args[1], item, f"{where}: {key}") for key, item in value.items()}
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise BundleCorruptError(f"{where} must be {kind.__name__}, not {value!r}")
-    return value
+    def _check_graphs(self) -> None:
+        """Towers say how wide they are, and the cache's tensors are those of the decoder, each once."""
+        for name, graph in self.graphs.items():
+            if name.startswith("vision_encoder"):
+                for tensor, specs in (("pixel_values", graph.inputs), ("vision_hidden", graph.outputs)):
+                    if tensor not in specs or not specs[tensor].shape or isinstance(specs[tensor].shape[-1], str):
+                        raise BundleCorruptError(f"{FILE_NAME}: {name} has no {tensor} whose last axis is fixed")
+        for tensors in ([entry.input for entry in self.cache], [entry.output for entry in self.cache]):
+            if len(set(tensors)) < len(tensors):
+                raise BundleCorruptError(f"{FILE_NAME}: cache names a tensor twice")
+        for name, graph in self.graphs.items():
+            for entry in self.cache if name.startswith("decoder") else ():
+                for tensor, declared in ((entry.input, graph.inputs), (entry.output, graph.outputs)):
+                    if tensor not in declared or declared[tensor].shape != entry.shape:
+                        raise BundleCorruptError(f"{FILE_NAME}: {name} has no {shown(tensor)} of the shape that the cache has")

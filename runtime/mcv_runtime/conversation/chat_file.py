@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mcv_runtime.bundle.folder import Bundle
-from mcv_runtime.bundle.manifest import parse
+from mcv_runtime.bundle.typed_json import parse
 from mcv_runtime.decoding.slots import Row, Slots
 from mcv_runtime.errors import BundleCorruptError, ChatFileError, OutputError
+from mcv_runtime.files import open_regular, parse_json
 from mcv_runtime.pictures.picture import Clip, Picture
 from mcv_runtime.pictures.slicing import SliceGrid
 from mcv_runtime.request.preparation import Part
@@ -74,7 +75,7 @@ def write_chat(path: Path, bundle: Bundle, messages: Sequence[Message[Part]], sl
 def read_chat(path: Path, bundle: Bundle, slots: Slots) -> tuple[list[Message[Part]], Row | None]:
     """What `write_chat` wrote, and the row if there is room for it; raises `ChatFileError`."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, error=ChatFileError) as file:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise ChatFileError(f"{path} is not a conversation that was saved by this version")
             wanted = file.read(65)
@@ -94,7 +95,7 @@ def read_chat(path: Path, bundle: Bundle, slots: Slots) -> tuple[list[Message[Pa
 def _unpacked(
     path: Path, bundle: Bundle, slots: Slots, archive: Mapping[str, NDArray[Any]]
 ) -> tuple[list[Message[Part]], Row | None]:
-    header = json.loads(archive["header"].tobytes())
+    header = parse_json(archive["header"].tobytes(), "the conversation", error=ValueError)
     if header["bundle"] != bundle.identity:
         raise ChatFileError(f"{path} was saved with another bundle than {bundle.folder}; load it with that one")
     messages: list[Message[Part]] = [

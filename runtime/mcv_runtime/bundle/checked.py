@@ -1,0 +1,72 @@
+"""Which large files were compared with their sha256 before: that takes seconds for gigabytes, and once is enough.
+
+What is remembered of a file is its place, its size and its times, in the user's cache folder. A cache that cannot be written
+costs the time again, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from mcv_runtime.files import read_regular
+
+_KNOWN_BYTES = 1 << 16
+_log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """`$MCV_CACHE`, else where this system keeps what may be deleted."""
+    if chosen := os.environ.get("MCV_CACHE"):
+        return Path(chosen).expanduser()
+    if platform.system() == "Darwin":
+        return Path.home() / "Library" / "Caches" / "mcv"
+    if platform.system() == "Windows" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "mcv" / "Cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mcv"
+
+
+def file_key(path: Path, sha256: str) -> str:
+    """Tells a file from any other, and from itself once it was written to."""
+    real = Path(os.path.realpath(path))
+    status = real.stat()
+    told = (str(real), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, sha256)
+    return hashlib.sha256(repr(told).encode(errors="surrogatepass")).hexdigest()
+
+
+def known(bundle: Path) -> frozenset[str]:
+    """The keys of the bundle's files that were right."""
+    try:
+        path = _entry(bundle)
+        if hasattr(os, "getuid") and path.lstat().st_uid != os.getuid():
+            return frozenset()  # somebody else's word
+        return frozenset(read_regular(path, error=OSError, within=path.parent, max_bytes=_KNOWN_BYTES).decode().split())
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home
+        return frozenset()
+
+
+def remember(bundle: Path, keys: Collection[str]) -> None:
+    """Have `known` say these from now on."""
+    try:
+        path = _entry(bundle)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, unfinished = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                file.write("\n".join(sorted(keys)))
+            Path(unfinished).replace(path)
+        except BaseException:
+            Path(unfinished).unlink(missing_ok=True)
+            raise
+    except (OSError, ValueError, RuntimeError) as error:
+        _log.debug("%s is hashed again next time: %s", bundle, error)
+
+
+def _entry(bundle: Path) -> Path:
+    name = hashlib.sha256(os.path.realpath(bundle).encode(errors="surrogatepass")).hexdigest()
+    return cache_folder() / "checked" / name
