@@ -170,6 +170,18 @@ def test_the_folder_stays_below_its_limit(tmp_path):
     assert store.get("4") is None
 
 
+def test_the_least_recently_used_is_so_by_nanoseconds(tmp_path):
+    """A float has 200 of them in a step, today."""
+    room = PictureStore(tmp_path, 10_000)
+    for number in range(3):
+        room.put(str(number), embeds(number))
+    each = (tmp_path / "0.mcvpicture").stat().st_size
+    for number, last in enumerate([2, 0, 1]):
+        os.utime(tmp_path / f"{number}.mcvpicture", ns=(0, 1_700_000_000_000_000_000 + last))
+    PictureStore(tmp_path, 3 * each).put("3", embeds(3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{n}.mcvpicture" for n in (0, 2, 3)]
+
+
 def test_a_folder_that_cannot_be_used(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cache folder"):
