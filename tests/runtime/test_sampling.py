@@ -124,7 +124,9 @@ NEARLY_EQUAL = [[0.0, 2.2e-29], [1.0, np.nextafter(1, 2, dtype=np.float32)], [-3
 
 
 @pytest.mark.parametrize("logits", NEARLY_EQUAL, ids=str)
-@pytest.mark.parametrize("settings", [{"top_p": 0.5}, {"temperature": 0.5, "top_p": 0.3}, {"top_k": 1}, {"top_k": 2, "top_p": 0.4}])
+@pytest.mark.parametrize(
+    "settings", [{"top_p": 0.5}, {"temperature": 0.5, "top_p": 0.3}, {"top_k": 1}, {"top_k": 2, "top_p": 0.4}], ids=str
+)
 @pytest.mark.parametrize("others", [0, 600])
 def test_logits_decide_between_tokens_of_one_probability(logits, settings, others):
     logits_V = np.concatenate([np.array(logits, np.float32), np.full(others, -50, np.float32)])
