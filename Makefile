@@ -23,7 +23,7 @@ test: .venv/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	PYTHONHASHSEED=0 $(BIN)/pytest -n auto --dist loadfile
+	PYTHONHASHSEED=0 $(BIN)/pytest -n auto --dist loadfile --max-worker-restart 0
 
 fuzz: .venv/.dev
 	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))

@@ -22,7 +22,8 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--load", type=int, default=8)
     wanted, more = parser.parse_known_args()
-    tests = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", "-m", "waits", *more]
+    options = ["-q", "-n", "auto", "--dist", "loadfile", "--max-worker-restart", "0", "-m", "waits"]
+    tests = [sys.executable, "-m", "pytest", *options, *more]
     busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(wanted.load)]
     try:
         failed = [run for run in range(1, wanted.runs + 1) if subprocess.run(tests, check=False).returncode]
