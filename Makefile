@@ -1,13 +1,19 @@
-# make demo   ask the embedded model about a picture
-# make test   linters, types, import contracts and tests
-# Both set up .venv themselves.
+# make demo    ask the embedded model about a picture
+# make test    linters, types, import contracts and tests, with the same examples in every run
+# make fuzz    the tests that draw their examples, with new ones for MINUTES
+# make stress  the tests that wait for something, RUNS times beside LOAD busy processes
+# All set up .venv themselves.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Where PyTorch offers builds without CUDA (gigabytes smaller); out of reach, pip takes its usual one.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test clean
+MINUTES ?= 5
+RUNS ?= 10
+LOAD ?= 8
+
+.PHONY: demo test fuzz stress clean
 
 demo: .venv/.runtime
 	$(BIN)/mcv-run --image models/tiny/demo.png --prompt "What does the text say?"
@@ -17,7 +23,13 @@ test: .venv/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n auto --dist loadfile
+	PYTHONHASHSEED=0 $(BIN)/pytest -n auto --dist loadfile --max-worker-restart 0
+
+fuzz: .venv/.dev
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+stress: .venv/.dev
+	$(BIN)/python tests/stress.py --runs $(RUNS) --load $(LOAD)
 
 clean:
 	rm -rf .venv build *.egg-info

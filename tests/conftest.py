@@ -4,6 +4,8 @@
 (see each family's golden.json). Every folder with a golden.json is a family. Two generations of the reference wrote their
 cases in two forms: `golden_case` runs over those of the resampler families, `merger_case` over the others. A case is
 collected where all of its pictures are there.
+
+Every run draws the same examples; `make fuzz` draws others.
 """
 
 from __future__ import annotations
@@ -19,6 +21,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
+
+# Neither a slow machine nor what an earlier run found changes what a property is given or how it ends.
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fuzz", settings.get_profile("fixed"), derandomize=False, max_examples=1000, print_blob=True)
+settings.load_profile("fixed")
 
 GOLDEN = Path(os.environ.get("MCV_GOLDEN") or Path(__file__).parent / "golden")
 for packed in GOLDEN.glob("*/checkpoint/*.gz"):  # a fifth smaller in the repository; git ignores what is unpacked
@@ -171,6 +180,13 @@ def _params(wanted: Callable[[GoldenCase], bool]) -> list[Any]:
     ]
 
 
+@pytest.hookimpl(trylast=True)  # the profile is chosen by then
+def pytest_configure() -> None:
+    if settings.default.derandomize:
+        # Hypothesis also tries numbers and texts out of the modules that were imported so far: which, hangs on earlier tests.
+        providers._get_local_constants = providers.Constants
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_case" in metafunc.fixturenames:
         metafunc.parametrize("golden_case", _params(lambda case: not isinstance(case, MergerCase)))
@@ -189,6 +205,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MCV_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def drawn_seed(pytestconfig: pytest.Config) -> int:
+    """What a test marked `fuzz` draws its examples with: the same in every run, another in every round of `make fuzz`."""
+    return int(pytestconfig.getoption("--hypothesis-seed") or 0)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,7 @@ import pytest
 from mcv_runtime import load
 
 ROOT = Path(__file__).parents[1]
-SEEDS = range(4)
-REQUESTS = 75
+REQUESTS = 300
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +29,9 @@ def engine():
     return load(threads=1, memory_mb=128)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_every_request_ends_as_it_should(requests, engine, seed, tmp_path):
-    rng = random.Random(seed)
+@pytest.mark.fuzz
+def test_every_request_ends_as_it_should(requests, engine, drawn_seed, tmp_path):
+    rng = random.Random(drawn_seed)
     ends = [requests.attempt(engine, rng, tmp_path) for _ in range(REQUESTS)]
     assert {"stop", "length", "OptionError", "ImageError", "PromptError"} <= set(ends)
     answer = engine.ask(ROOT / "models" / "tiny" / "demo.png", "What does the text say?")

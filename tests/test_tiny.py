@@ -88,6 +88,7 @@ def test_the_demo_answers_as_the_readme_says() -> None:
     assert answer.stop_reason == "stop"
 
 
+@pytest.mark.waits
 def test_threads_share_an_engine() -> None:
     engine = load(threads=1)
     questions = ["What does the text say?", "Describe the picture.", "What shape is this?", "How many shapes are there?"] * 4
@@ -97,6 +98,7 @@ def test_threads_share_an_engine() -> None:
     assert together == alone
 
 
+@pytest.mark.waits
 def test_mcv_run_without_a_bundle() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "MCV_BUNDLE"}
     command = [sys.executable, "-m", "mcv_runtime.command.cli", "-p", "How many shapes are there?", "--image"]

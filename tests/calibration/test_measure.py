@@ -208,6 +208,7 @@ def test_an_interrupted_calibration_goes_on(module: nn.Module, tmp_path: Path) -
     assert begun.count(("activations", 5)) == 2  # the end of the first, the start of the second
 
 
+@pytest.mark.waits
 def test_a_killed_calibration_goes_on(tmp_path: Path) -> None:
     def child(folder: str, stop: str = "") -> tuple[int, list[str], bytes]:
         out = tmp_path / "found.npz"

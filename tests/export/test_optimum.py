@@ -9,6 +9,8 @@ import pytest
 from mcv_export.build import BuildOptions, build
 from mcv_runtime.bundle.folder import Bundle
 
+pytestmark = pytest.mark.waits
+
 
 def _optimum(*arguments: object) -> subprocess.CompletedProcess[str]:
     program = Path(sys.executable).parent / "optimum-cli"

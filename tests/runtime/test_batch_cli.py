@@ -229,6 +229,7 @@ def test_its_rows_are_streamed(engine, folder):
     assert seen == [0, 0, 0, 0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.waits
 def test_each_request_of_a_batch_has_its_own_end(demo):
     """One is cancelled before it begins, one in the middle, one times out; the others are as if alone."""
     before, during = threading.Event(), threading.Event()
@@ -253,6 +254,7 @@ def test_each_request_of_a_batch_has_its_own_end(demo):
     assert [answers[0].text, answers[4].text] == [SAID[CAPTION], "HELLO"]
 
 
+@pytest.mark.waits
 def test_from_the_command_line(folder):
     source, out = put(folder / "in.jsonl", many(3)), folder / "out.jsonl"
     command = [sys.executable, "-m", "mcv_runtime.command.cli", "--batch", str(source), "--out", str(out), "--stop", "circle"]

@@ -129,6 +129,22 @@ def test_one_beam_that_stops_early_is_greedy(llama):
         assert [beam.tokens for beam in found] == wanted
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_beams_are_ordered_by_logits_that_round_to_one_probability(penalty):
+    """So that one beam is greedy decoding in any case."""
+    logits_V = np.array([-9, 1e-30, 3e-30, 0, 2e-30, -9], np.float32)
+
+    def step(parents, tokens):
+        return logits_V[None].repeat(len(tokens), 0)
+
+    def search(num_beams, limit):
+        options = {"num_beams": num_beams, "num_return_sequences": num_beams, "early_stopping": True}
+        return beam_search(logits_V, step, stop=frozenset({5}), limit=limit, repetition_penalty=penalty, **options)
+
+    assert [beam.tokens for beam in search(3, 1)] == [(2,), (4,), (1,)]
+    assert search(1, 3)[0].tokens == ((2, 2, 2) if penalty == 1 else (2, 4, 1))
+
+
 class Digits:
     """Only numbers of `length` ascending digits; what the tokens from 10 on are ruled out for."""
 

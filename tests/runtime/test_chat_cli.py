@@ -1,19 +1,30 @@
 """`mcv-run --chat`, over a pipe and in a terminal."""
 
+import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from mcv_runtime.command import chat_cli
 from mcv_runtime.command.chat_cli import completions
 
+pytestmark = pytest.mark.waits
 DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
 RUN = [sys.executable, "-m", "mcv_runtime.command.cli"]
+RUN_IN_TERMINAL = """
+import fcntl, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from mcv_runtime.command.cli import main
+main()
+"""
+LIMIT_S = 600
+"""No busy machine takes so long to show something; a fault then ends with what was shown instead."""
 TEXT = "What does the text say?"
 
 
@@ -145,6 +156,59 @@ def test_completion(folder, monkeypatch):
     assert completions("/save ~/br") == ["/save ~/broken.png"]
 
 
+def test_ctrl_c_at_any_line_ends_nothing(monkeypatch):
+    """Pressed before a line of the loop runs, for each of its lines, and again while that is answered."""
+
+    class Screen(io.StringIO):
+        def write(self, text):
+            signal.raise_signal(signal.SIGINT)
+
+    class Keys(io.StringIO):
+        def isatty(self):
+            return True
+
+    def enter(prompt):
+        if not typed:
+            raise EOFError
+        return typed.pop()
+
+    def outside(number, frame):
+        raise AssertionError("nobody presses it there")
+
+    def press(frame, event, argument):
+        nonlocal lines
+        if frame.f_code.co_filename != chat_cli.__file__:
+            return None
+        if event == "line" and signal.getsignal(signal.SIGINT) is not outside:
+            lines += 1
+            if lines == line:
+                signal.raise_signal(signal.SIGINT)
+        return press
+
+    monkeypatch.setattr("builtins.input", enter)
+    monkeypatch.setitem(sys.modules, "readline", None)  # its settings are the process's
+    monkeypatch.setattr("sys.stdin", Keys())
+    monkeypatch.setattr("sys.stderr", Screen())
+    lines = line = 0
+    usual = signal.signal(signal.SIGINT, outside)
+    try:
+        while lines >= line:
+            lines, line, typed = 0, line + 1, ["one", "two"]
+            tracing = sys.gettrace()
+            sys.settrace(press)
+            try:
+                heard = list(chat_cli.chat_lines())
+            except KeyboardInterrupt:
+                pytest.fail(f"Ctrl-C before the {line}th line that ran has ended the conversation")
+            finally:
+                sys.settrace(tracing)
+            assert heard
+            assert signal.getsignal(signal.SIGINT) is outside
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert line > 20
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such terminals")
 class TestTerminal:
     """Typed into a terminal of 80 columns."""
@@ -158,10 +222,11 @@ class TestTerminal:
 
         def start(*arguments, **more):
             process = subprocess.Popen(
-                [*RUN, "--chat", *map(str, arguments)],
+                [sys.executable, "-c", RUN_IN_TERMINAL, "--chat", *map(str, arguments)],
                 stdin=slave, stdout=slave, stderr=slave, cwd=folder, env=environment(TERM="xterm", COLUMNS="80", **more),
-                start_new_session=True, preexec_fn=_take_terminal,
+                start_new_session=True,
             )  # fmt: skip
+            os.close(slave)  # so that there is no more to read once the program has ended
             opened.append(process)
             return Typist(master, process)
 
@@ -170,7 +235,6 @@ class TestTerminal:
             process.kill()
             process.wait()
         os.close(master)
-        os.close(slave)
 
     def test_a_conversation(self, terminal):
         typist = terminal("--image", "one.png")
@@ -187,18 +251,19 @@ class TestTerminal:
         typist.type("/help\r", "Ctrl-C stops an answer")
         typist.wait("> ")
         typist.type("half a question", "half a question")
-        typist.press_until("\x03", "Ctrl-D leaves")
+        typist.interrupt("\x03")
         typist.wait("> ")
         typist.type("\x1b[A", "/help")  # history
         typist.type("\x15", "")
         typist.type("\x04", "")
-        assert typist.process.wait(60) == 0
+        assert typist.process.wait() == 0
 
     def test_ctrl_c_pressed_many_times_ends_nothing(self, terminal):
         typist = terminal("--image", "one.png")
         typist.wait("> ")
         for _ in range(20):
-            typist.press_until("\x03\x03\x03", "Ctrl-D leaves")
+            typist.interrupt("\x03\x03\x03")
+        typist.interrupt("\x03")  # one alone: nothing is left of those before
         typist.wait("> ")
         typist.type(f"{TEXT}\r", "HELLO\r\n")
 
@@ -219,14 +284,7 @@ class TestTerminal:
         typist.type("\x03", "stopped")
         typist.wait("> ")
         typist.type("\x04", "")
-        assert typist.process.wait(60) == 0
-
-
-def _take_terminal():
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        assert typist.process.wait() == 0
 
 
 class Typist:
@@ -235,29 +293,10 @@ class Typist:
     def __init__(self, master, process):
         self._master, self.process, self._unread = master, process, ""
 
-    def wait(self, pattern, seconds=60):
+    def wait(self, pattern):
         """What is shown up to and with `pattern`."""
-        shown = self._shown(pattern, seconds)
-        assert shown is not None, f"{pattern!r} was not shown, but {self._unread[-500:]!r}"
-        return shown
-
-    def press_until(self, keys, expected):
-        """Like `type`, but again and again: Python misses a signal that comes just before it waits for the next key."""
-        for _ in range(30):
-            os.write(self._master, keys.encode())
-            if self._shown(re.escape(expected), 2):
-                return
-        raise AssertionError(f"{expected!r} was not shown, but {self._unread[-500:]!r}")
-
-    def _shown(self, pattern, seconds):
-        import select
-
-        until = time.monotonic() + seconds
         while not (found := re.search(pattern, self._unread)):
-            ready, _, _ = select.select([self._master], [], [], max(until - time.monotonic(), 0))
-            if not ready:
-                return None
-            self._unread += os.read(self._master, 4096).decode(errors="replace")
+            assert self._read(LIMIT_S), f"{pattern!r} was not shown, but {self._unread[-500:]!r}"
         shown, self._unread = self._unread[: found.end()], self._unread[found.end() :]
         return shown
 
@@ -265,3 +304,27 @@ class Typist:
         """What is shown from now on up to `expected`."""
         os.write(self._master, keys.encode())
         return self.wait(re.escape(expected))
+
+    def interrupt(self, keys):
+        """Press Ctrl-C, as `keys`, when the program waits for a key: Python misses a signal that comes just before it does."""
+        while not self._asleep() or self._read(0):
+            self._read(0.01)
+        self._unread = ""
+        self.type(keys, "Ctrl-D leaves")
+
+    def _read(self, seconds):
+        """Whether there was something to read."""
+        import select
+
+        ready, _, _ = select.select([self._master], [], [], seconds)
+        try:
+            more = os.read(self._master, 4096) if ready else b""
+        except OSError:  # the program has ended (Linux; elsewhere there is just no more)
+            more = b""
+        self._unread += more.decode(errors="replace")
+        return bool(more)
+
+    def _asleep(self):
+        """Where the system says it."""
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "SZ"

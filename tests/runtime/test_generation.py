@@ -142,6 +142,7 @@ def test_constrained_answers(engine, more):
     assert engine.ask(DEMO, "How many?", regex="[0-9]{3}", **more).text.isdigit()
 
 
+@pytest.mark.waits
 def test_a_cancelled_batch_and_stream(engine):
     cancel = threading.Event()
     stream = engine.stream(DEMO, "Describe the picture.", cancel=cancel)

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mcv_runtime.choosing.prompt_lookup import PromptLookup, looked_up
@@ -56,7 +56,6 @@ def searched(history, longest, count):
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 4), st.integers(1, 6))
-@settings(deadline=None)
 def test_a_guess_follows_the_last_occurrence_of_the_longest_run(history, longest, count):
     assert PromptLookup(history, longest=longest).guess(count) == searched(history, longest, count)
     grown = PromptLookup(history[:5], longest=longest)

@@ -7,6 +7,8 @@ import pytest
 from mcv_runtime import Event
 from mcv_runtime.command.progress_bar import ProgressBar, print_answer
 
+pytestmark = pytest.mark.waits
+
 
 class Screen(io.StringIO):
     """A terminal of one line: what is on it now."""

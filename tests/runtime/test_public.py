@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import mcv_runtime
 
 PUBLIC = {
@@ -29,6 +31,7 @@ def test_errors_are_builtins_too():
         assert issubclass(error, builtin)
 
 
+@pytest.mark.waits
 def test_importing_changes_nothing_and_brings_no_toolchain():
     code = (
         "import logging, os, sys, threading, warnings\n"

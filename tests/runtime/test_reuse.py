@@ -115,6 +115,7 @@ def test_a_batch_answers_as_one_by_one(engine, forgetful, drawn):
     assert len({len(answer.tokens) for answer in together}) > 3
 
 
+@pytest.mark.waits
 def test_an_interrupted_turn_leaves_conversation_and_engine_usable(engine, forgetful, drawn):
     chat = engine.chat(**SHORT)
     cancel = threading.Event()
@@ -197,6 +198,7 @@ def test_a_conversation_that_cannot_be_written(engine_of, tmp_path):
     assert engine_of("minicpmv2_6").load_chat(tmp_path / "empty.mcv").messages == ()
 
 
+@pytest.mark.waits
 def test_threads_share_what_was_read(engine, forgetful, drawn):
     questions = ["What is this?", "Why?", "Who made this?", "Describe it."] * 3
     wanted = [forgetful.ask(drawn, question, **SHORT).tokens for question in questions]

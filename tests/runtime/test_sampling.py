@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import settings as profile
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mcv_runtime.choosing.sampling import Sampler, Sampling, distribution, likeliest, penalised
@@ -120,6 +119,46 @@ def test_equal_tokens():
     assert likeliest(np.array([1.0, 2.0, 1.0, 2.0, 1.0]), 4).tolist() == [1, 3, 0, 2]
 
 
+# The second of the two is likelier, by less than a probability near 1/2 can say.
+NEARLY_EQUAL = [[0.0, 2.2e-29], [1.0, np.nextafter(1, 2, dtype=np.float32)], [-3e-30, -1e-30], [0.0, 1e-45]]
+
+
+@pytest.mark.parametrize("logits", NEARLY_EQUAL, ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"top_p": 0.5}, {"temperature": 0.5, "top_p": 0.3}, {"top_k": 1}, {"top_k": 2, "top_p": 0.4}], ids=str
+)
+@pytest.mark.parametrize("others", [0, 600])
+def test_logits_decide_between_tokens_of_one_probability(logits, settings, others):
+    logits_V = np.concatenate([np.array(logits, np.float32), np.full(others, -50, np.float32)])
+    probabilities = distribution(logits_V, Sampling(**settings))
+    np.testing.assert_array_equal(probabilities > 0, reference(logits_V, settings, []) > 0)
+    assert np.flatnonzero(probabilities).tolist() == [1]
+    assert np.flatnonzero(distribution(logits_V[::-1].copy(), Sampling(**settings))).tolist() == [others]
+
+
+def test_logits_decide_in_a_nucleus_of_thousands():
+    """Logits from 0 to 1e-20 all weigh 1, and half of them are wanted."""
+    logits_V = np.random.default_rng(0).permutation(3000).astype(np.float32) * np.float32(1e-20 / 3000)
+    kept = distribution(logits_V, Sampling(top_p=0.5)) > 0
+    assert kept.sum() == 1500
+    assert logits_V[kept].min() > logits_V[~kept].max()
+
+
+def test_a_temperature_that_makes_all_equal_changes_no_order():
+    logits_V = random_logits(0, 3000)
+    kept = distribution(logits_V, Sampling(temperature=1e30, top_p=0.25)) > 0
+    assert kept.sum() == 750
+    assert logits_V[kept].min() > logits_V[~kept].max()
+
+
+def test_scores_that_were_rounded_to_one_value():
+    logits_V = np.array([1e-30, 3e-30, 2e-30, 1.0], np.float32)
+    scores_V = np.array([0.5, 0.5, 0.5, 0.1], np.float32)
+    assert likeliest(scores_V, 2, logits_V).tolist() == [1, 2]
+    assert likeliest(scores_V, 4, logits_V).tolist() == [1, 2, 0, 3]
+    assert likeliest(scores_V, 4).tolist() == [0, 1, 2, 3]
+
+
 def test_ruled_out_tokens_are_never_drawn():
     logits_V = np.full(100, -np.inf, np.float32)
     logits_V[[20, 60]] = 1.0, 2.0
@@ -145,13 +184,15 @@ def test_penalties():
     top_p=st.floats(0.01, 1),
     min_p=st.floats(0, 1),
 )
-@profile(deadline=None)
+@example(logits=[0.0, 2.2e-29], temperature=1.0, top_k=0, top_p=0.5, min_p=0.0)
 def test_any_settings_leave_a_distribution(logits, temperature, top_k, top_p, min_p):
     """What remains always holds a likeliest token and is never empty; with a single cut, it is what the cut says."""
     logits_V = np.array(logits, np.float32)
     probabilities = distribution(logits_V, Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
     assert probabilities.sum() == pytest.approx(1)
     assert probabilities.max() == probabilities[logits_V.argmax()]
+    kept = probabilities > 0
+    assert logits_V[kept].min() >= logits_V[~kept].max(initial=-np.inf)
     whole = distribution(logits_V, Sampling(temperature=temperature))
     nucleus = distribution(logits_V, Sampling(temperature=temperature, top_p=top_p)) > 0
     assert whole[nucleus].sum() >= top_p - 1e-9

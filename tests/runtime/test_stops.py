@@ -1,7 +1,7 @@
 """Stop strings, against looking at the whole text after every character."""
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mcv_runtime.choosing.stop_strings import StopStrings
@@ -24,7 +24,6 @@ LETTERS = st.text("abc猫", max_size=6)
 @example(pieces=["abc"], strings=["abcd", "bc"])
 @example(pieces=["abcd"], strings=["abcd", "bc"])
 @example(pieces=["aaab", "c"], strings=["aabc"])
-@settings(deadline=None)
 def test_any_text_in_any_pieces(pieces, strings):
     stops = StopStrings(strings)
     given_out, text = "", ""

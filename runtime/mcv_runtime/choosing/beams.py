@@ -123,17 +123,19 @@ def _continuations(
         scores_V = penalised(logprobs_BV[row], beam.tokens, repetition_penalty)
         if beam.constraint is not None:
             scores_V = beam.constraint.mask(scores_V)
-        best += [(-beam.total - float(scores_V[token]), row, int(token)) for token in likeliest(scores_V, width)]
+        found = likeliest(scores_V, width, logits_BV[row])
+        best += [(beam.total + float(scores_V[token]), row, int(token)) for token in found]
+    best.sort(key=lambda one: -one[0])  # stable: of equal ones the earlier row, and in a row the likelier token
     return [
         _Beam(
             (*running[row].tokens, token),
             (*running[row].logprobs, float(logprobs_BV[row][token])),
-            -negated,
+            total,
             row,
             running[row].constraint,
             False,
         )
-        for negated, row, token in sorted(best)[:width]
+        for total, row, token in best[:width]
     ]
 
 

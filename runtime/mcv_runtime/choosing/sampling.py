@@ -25,8 +25,9 @@ class Sampling:
     In this order, each on what the one before has left: `repetition_penalty` divides positive logits of tokens that were
     generated before and multiplies negative ones, `presence_penalty` is subtracted from them, `temperature` divides all (0:
     the likeliest token, nothing is drawn), `top_k` keeps that many (0: all) and what is as likely as the last of them, `top_p`
-    the fewest that make up that probability, `min_p` those at least that fraction as likely as the likeliest. Of equally likely
-    tokens the lower ids come first. Without a `seed` every answer differs.
+    the fewest that make up that probability, `min_p` those at least that fraction as likely as the likeliest. Tokens are
+    ordered by their logits, of which many round to one probability; of equal logits the lower ids come first. Without a `seed`
+    every answer differs.
     """
 
     temperature: float = 1.0
@@ -101,10 +102,16 @@ def penalised(
     return result
 
 
-def likeliest(scores_V: NDArray[np.floating[Any]], count: int) -> NDArray[np.int64]:
-    """Ids of the `count` highest scores, best first and of equal ones the lowest ids; none whose score is -inf."""
+def likeliest(
+    scores_V: NDArray[np.floating[Any]], count: int, logits_V: NDArray[np.floating[Any]] | None = None
+) -> NDArray[np.int64]:
+    """Ids of the `count` highest scores, best first; none whose score is -inf.
+
+    Of equal scores those with the highest `logits_V`, which the scores were made of and rounded from, and then the lowest ids.
+    """
     ids = _above(scores_V, count)
-    return ids[np.argsort(-scores_V[ids], kind="stable")][:count]
+    exact_V = scores_V if logits_V is None else logits_V
+    return ids[np.lexsort((-exact_V[ids], -scores_V[ids]))][:count]
 
 
 def _candidates(
@@ -124,7 +131,7 @@ def _candidates(
         weights /= settings.temperature
         np.exp(weights, out=weights)
     if settings.top_p < 1:
-        kept = _nucleus(weights, settings.top_p)
+        kept = _nucleus(scores_V, weights, settings.top_p)
         ids, weights = ids[kept], weights[kept]
     if settings.min_p > 0:
         kept = np.flatnonzero(weights >= settings.min_p * weights.max())
@@ -132,18 +139,17 @@ def _candidates(
     return ids, weights
 
 
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Ascending places of the fewest weights that make up `top_p` of their sum."""
+def _nucleus(scores: NDArray[np.floating[Any]], weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Ascending places of the fewest of the highest scores whose weights make up `top_p` of all weights."""
     wanted, size = top_p * weights.sum(), min(_NUCLEUS, len(weights))
     while True:
-        best = np.sort(np.partition(weights, -size)[-size:])[::-1]
-        cumulative = np.cumsum(best)
+        cumulative = np.cumsum(np.sort(np.partition(weights, -size)[-size:])[::-1])
         if cumulative[-1] >= wanted or size == len(weights):
             break
         size = len(weights)
     count = min(int(np.searchsorted(cumulative, wanted)) + 1, size)
-    last = best[count - 1]
-    above, equal = np.flatnonzero(weights > last), np.flatnonzero(weights == last)
+    last = np.partition(scores, -count)[-count]  # not the last weight, to which other scores may have been rounded
+    above, equal = np.flatnonzero(scores > last), np.flatnonzero(scores == last)
     return np.sort(np.concatenate([above, equal[: count - len(above)]]))
 
 

@@ -159,11 +159,22 @@ def chat_lines() -> Iterator[str]:
         readline.parse_and_bind("tab: complete")
         readline.set_completer_delims("\n")
         readline.set_completer(lambda text, number: dict(enumerate(completions(text))).get(number))
-    with _on_ctrl_c(lambda *_: None):  # pressed once too often, it ends nothing
+    reading = False
+
+    def give_up_line(number: int, frame: FrameType | None) -> None:
+        nonlocal reading
+        if reading:
+            reading = False  # pressed once too often, it ends nothing
+            raise KeyboardInterrupt
+
+    with _on_ctrl_c(give_up_line):
         while True:
             try:
-                with _on_ctrl_c(signal.default_int_handler):
+                try:
+                    reading = True
                     line = input(_PROMPT)
+                finally:
+                    reading = False
             except EOFError:
                 print(file=sys.stderr)
                 return

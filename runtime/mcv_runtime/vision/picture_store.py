@@ -92,8 +92,8 @@ class PictureStore:
             path.unlink(missing_ok=True)
             total -= size
 
-    def _entries(self) -> Iterator[tuple[float, int, Path]]:
-        """(last use, size, path) of all entries; what a process that died has left is deleted."""
+    def _entries(self) -> Iterator[tuple[int, int, Path]]:
+        """(last use in ns, size, path) of all entries; what a process that died has left is deleted."""
         with os.scandir(self._folder) as files:
             for file in files:
                 try:
@@ -101,7 +101,7 @@ class PictureStore:
                 except FileNotFoundError:  # another process is faster
                     continue
                 if file.name.endswith(_SUFFIX):
-                    yield stat.st_mtime, stat.st_size, Path(file.path)
+                    yield stat.st_mtime_ns, stat.st_size, Path(file.path)
                 elif file.name.startswith(".") and time.time() - stat.st_mtime > _ABANDONED_S:
                     Path(file.path).unlink(missing_ok=True)
 
