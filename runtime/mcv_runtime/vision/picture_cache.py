@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import OrderedDict
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -74,18 +73,7 @@ class PictureCache:
 def vision_identity(bundle: Bundle) -> str:
     """What tells graphs apart that encode pictures differently: a sha256 over their files and how pixels are prepared."""
     manifest = bundle.manifest
-    digests = {}
-    for name, graph in manifest.graphs.items():
-        if name.startswith("decoder"):
-            continue
-        paths = bundle.path(graph.file).parent.glob(f"{bundle.path(graph.file).name}*")  # the graph, and its weights
-        for path in sorted(paths):
-            file = path.relative_to(bundle.folder).as_posix()
-            digests[file] = manifest.files[file].sha256 if file in manifest.files else _file_sha256(path)
+    graphs = [graph.file for name, graph in manifest.graphs.items() if not name.startswith("decoder")]
+    digests = {name: file.sha256 for name, file in manifest.files.items() if name.startswith(tuple(graphs))}  # with weights
     described = json.dumps([asdict(manifest.image), digests], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

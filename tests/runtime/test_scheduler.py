@@ -1,0 +1,483 @@
+"""Requests of all kinds on one engine: who comes, who goes, what they share, and what each of them is spared."""
+
+import asyncio
+import gc
+import sys
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mcv_runtime import OptionError, Options, Request, ResourceError, RunError, load
+from mcv_runtime.decoding.arena import DeviceArena
+
+DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
+CAPTION, SAID = "Describe the picture.", "a red circle and the text HELLO"
+TEXT = "What does the text say?"
+
+
+@pytest.fixture
+def engine():
+    """The demonstration model, which knows nothing yet."""
+    return load(threads=1)
+
+
+@pytest.fixture(scope="module")
+def hybrid(bundle_of):
+    return bundle_of("minicpmv4_6")
+
+
+def request(question=CAPTION, picture=DEMO, **options):
+    return Request(picture, question, options=Options(**options))
+
+
+@pytest.mark.waits
+@pytest.mark.parametrize("family", [None, "minicpmv4_6"])
+def test_requests_that_come_and_go_are_answered_as_if_alone(family, bundle_of):
+    """`benchmarks/storm.py` does this a thousand times."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    try:
+        from storm import storm
+    finally:
+        del sys.path[0]
+    found = storm(None if family is None else bundle_of(family), rounds=3, first_seed=0)
+    assert found["wrong"] == found["missing"] == found["beyond_memory"] == 0
+    assert found["requests"] == 120
+
+
+def test_while_a_prompt_is_read_others_go_on(engine):
+    """A long prompt is read in pieces, and after each one every running row gets its token."""
+    order = []
+    long = engine.submit(request("? " * 300, prefill_chunk=16, max_new_tokens=2, progress=lambda event: order.append(event)))
+    running = engine.stream(DEMO, CAPTION, progress=lambda event: order.append("token"), stop_token_ids=[], max_new_tokens=40)
+    next(running)
+    tickets = [running, long]
+    list(running)
+    long.result()
+    del tickets
+    reading = [place for place, event in enumerate(order) if event != "token" and event.stage == "prompt"]
+    pieces = sum(event != "token" and event.stage == "prompt" for event in order)
+    assert pieces >= 600 // 16
+    assert len(reading) == pieces
+    answer = running.result()
+    assert answer.text == SAID
+    assert 0 < answer.timings.longest_gap < answer.timings.decode + long.result().timings.prefill
+
+
+def test_joining_copies_nothing_and_leaving_moves_one_row(engine):
+    slots = engine._scheduler.slots
+    first = engine.stream(None, "one two three", max_new_tokens=30, stop_token_ids=[], repetition_penalty=1.3)
+    next(first)
+    before = slots.copied
+    second = engine.stream(DEMO, CAPTION)
+    next(second)
+    shared = sum(row.length for row in slots.rows) and slots.copied - before
+    token = slots.need(1) - slots.need(0)
+    assert shared <= 16 * token  # the template's beginning, which both have
+    list(second)
+    list(first)
+    assert slots.copied - before <= 16 * token + max(row.length for row in slots.rows) * token
+
+
+def test_a_short_common_beginning_copies_no_more_than_it(engine):
+    engine.ask(None, "? " * 1500, max_new_tokens=1)
+    slots = engine._scheduler.slots
+    before, kept = slots.copied, engine.memory().kept
+    answer = engine.ask(None, "Hi", max_new_tokens=1)
+    assert 0 < answer.reused_tokens < 40
+    token = slots.need(1) - slots.need(0)
+    assert slots.copied - before <= answer.reused_tokens * token
+    assert engine.memory().kept - kept <= (len(answer.prompt_tokens) + 1) * token
+
+
+def test_kept_beginnings_are_counted_by_what_they_hold(bundle_of):
+    engine = load(bundle_of("minicpmv2_6"), threads=1, memory_mb=16)
+    for number in range(20):
+        engine.ask(None, f"{number} " * (30 + 100 * (number % 3)), max_new_tokens=2)
+        use = engine.memory()
+        assert use.kept <= 4_000_000
+        assert use.kept >= sum(engine._scheduler.slots.need(row.length) for row in engine._scheduler.slots.rows)
+
+
+def test_what_never_fits_is_said_when_it_is_asked(bundle_of):
+    engine = load(bundle_of("minicpmv2_6"), threads=1, memory_mb=4)
+    with pytest.raises(ResourceError, match=r"take [\d,]+ MB, and memory_mb leaves 2; raise it"):
+        engine.submit(Request(None, "Hi", options=Options(max_new_tokens=8000)))
+    with pytest.raises(ResourceError, match="ask for fewer tokens or answers"):
+        engine.submit(Request(None, "Hi", options=Options(num_beams=200, max_new_tokens=100)))
+    assert engine.ask(None, "Hi", max_new_tokens=3).tokens
+
+
+def test_one_after_the_other_where_memory_is_for_one(bundle_of):
+    """Each may get nearly all of it, so the others wait, and nothing is lost."""
+    path = bundle_of("minicpmv4_6")
+    small, large = load(path, threads=1, memory_mb=8), load(path, threads=1)
+    limit = small._scheduler.slots.limit
+    tokens = limit // 2 // (small._scheduler.slots.need(2) - small._scheduler.slots.need(1))
+    requests = [Request(None, f"Tell me about {n}.", options=Options(max_new_tokens=12, stop_token_ids=[n])) for n in range(6)]
+    wide = [Request(one.images, one.prompt, options=Options(max_new_tokens=int(tokens * 0.6), stop="e")) for one in requests]
+    assert [a.tokens for a in small.batch(wide)] == [large.ask(None, r.prompt, options=r.options).tokens for r in wide]
+
+
+# Conversations
+
+
+def test_a_stream_may_be_read_by_any_thread(engine):
+    """As a web framework does, which gives every step to whichever thread of its pool is free."""
+    chat = engine.chat()
+    stream, text = chat.stream(DEMO, CAPTION), ""
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(100):
+            piece = pool.submit(next, stream, None).result()
+            if piece is None:
+                break
+            text += piece
+    assert text == SAID
+    assert chat.ask(None, TEXT).text == "HELLO"
+    stream = chat.stream(DEMO, CAPTION)
+    next(stream)
+    closing = threading.Thread(target=stream.close)
+    closing.start()
+    closing.join()
+    assert chat.ask(None, TEXT).text == "HELLO"
+    assert [message.role for message in chat.messages] == ["user", "assistant"] * 3
+
+
+def test_a_question_inside_a_stream_comes_after_it(engine):
+    chat = engine.chat()
+    stream = chat.stream(DEMO, CAPTION)
+    text = next(stream)
+    inner = chat.ask(None, TEXT)
+    assert inner.text == "HELLO"
+    assert text + "".join(stream) == SAID
+    said = [part for message in chat.messages for part in message.parts if isinstance(part, str)]
+    assert said == [CAPTION, SAID, TEXT, "HELLO"]
+
+
+def test_the_next_question_heeds_its_timeout_while_the_last_is_answered(engine):
+    chat = engine.chat()
+    stream = chat.stream(DEMO, CAPTION)
+    next(stream)
+    with engine._scheduler.exclusive(), ThreadPoolExecutor(1) as pool:  # nothing goes on meanwhile
+        late = pool.submit(chat.ask, None, TEXT, timeout=0.01).result()
+    assert (late.stop_reason, late.tokens) == ("timeout", ())
+    assert "".join(stream)
+    assert chat.ask(None, TEXT).text == "HELLO"
+
+
+def test_a_forgotten_stream_frees_its_row(engine):
+    """Also where it is collected while its thread is at work."""
+    streams = [engine.stream(DEMO, CAPTION) for _ in range(4)]
+    for stream in streams:
+        next(stream)
+    assert engine.memory().running
+    cycle = [streams]
+    cycle.append(cycle)
+    del streams, stream, cycle
+    gc.collect()
+    assert engine.ask(DEMO, TEXT).text == "HELLO"
+    assert engine.memory().running == 0
+    assert sum(engine._scheduler.load) == 0
+
+
+@pytest.mark.parametrize("family", ["minicpmv2_6", "minicpmv4_6"])
+def test_a_progress_that_raises_leaves_memory_and_conversation_whole(family, bundle_of, tmp_path):
+    """While a stop string holds text back, too."""
+    engine = load(bundle_of(family), threads=1)
+    chat = engine.chat(max_new_tokens=12)
+    chat.ask(None, "Hello")
+
+    class Enough(Exception):  # noqa: N818
+        pass
+
+    def stop(event):
+        if event.stage == "answer" and event.done == 3:
+            raise Enough
+
+    with pytest.raises(Enough):
+        chat.ask(None, "Go on.", stop="\U0010ffff" * 9, progress=stop)
+    assert [message.role for message in chat.messages] == ["user", "assistant"]
+    fork = chat.fork()
+    chat.save(tmp_path / "chat.mcv")
+    loaded = engine.load_chat(tmp_path / "chat.mcv", max_new_tokens=12)
+    wanted = load(bundle_of(family), threads=1, reuse=False).chat(max_new_tokens=12)
+    wanted.ask(None, "Hello")
+    wanted = wanted.ask(None, "Really?").tokens
+    assert [one.ask(None, "Really?").tokens for one in (chat, fork, loaded)] == [wanted] * 3
+
+
+def test_saving_and_loading_take_one_tensor_at_a_time(bundle_of, tmp_path):
+    engine = load(bundle_of("minicpmv2_6"), threads=1)
+    chat = engine.chat(max_new_tokens=2)
+    chat.ask(None, "word " * 5000)
+    held = engine.memory().kept
+    tracemalloc.start()
+    try:
+        chat.save(tmp_path / "chat.mcv")
+        saving = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        engine.load_chat(tmp_path / "chat.mcv")
+        loading = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "chat.mcv").stat().st_size >= 0.9 * held
+    assert max(saving, loading) < held
+
+
+# What goes wrong
+
+
+def test_a_batch_is_as_asking_one_by_one(engine):
+    """A deadline counts a request's own time, a callback that raises ends its own request."""
+
+    def broken(event):
+        raise ZeroDivisionError
+
+    slow = [request("? " * 900, picture=None, max_new_tokens=1, prefill_chunk=8) for _ in range(3)]
+    tickets = list(engine.submit_all([*slow, request(TEXT, timeout=60), request(progress=broken), request(), *slow]))
+    answers = [ticket.result() for ticket in tickets[:4] + tickets[5:]]
+    assert [(answers[3].text, answers[3].stop_reason), answers[4].text] == [("HELLO", "stop"), SAID]
+    with pytest.raises(ZeroDivisionError):
+        tickets[4].result()
+    with pytest.raises(OptionError, match="top_p"):
+        engine.batch([request(), request(top_p=0.5), request(TEXT)])
+
+
+def test_own_time_stands_still_while_others_are_worked_for():
+    from mcv_runtime.request.patience import Patience
+
+    now = [0.0]
+    usual, own = (Patience(5, None, own_time=patient, clock=lambda: now[0]) for patient in (False, True))
+    own.hold()
+    now[0] = 100.0
+    assert (usual.ending, own.ending) == ("timeout", None)
+    own.resume()
+    now[0] = 104.0
+    own.pause(3)
+    now[0] = 107.9
+    assert own.ending is None
+    now[0] = 108.1
+    assert own.ending == "timeout"
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3, "num_return_sequences": 2}, {"prompt_lookup": True}, {"temperature": 1.0}]
+)
+def test_who_is_cancelled_or_late_gets_what_there_is(engine, options):
+    cancel = threading.Event()
+
+    def count(event):
+        if event.stage == "answer" and event.done >= 4:
+            cancel.set()
+
+    answer = engine.ask(DEMO, CAPTION, cancel=cancel, progress=count, logprobs=True, **options)
+    assert answer.stop_reason == "cancelled"
+    assert len(answer.tokens) >= 4
+    assert len(answer.logprobs) == len(answer.tokens)
+    assert answer.text
+    late = engine.ask(DEMO, CAPTION, timeout=1e-9, **options)
+    assert (late.stop_reason, late.tokens) == ("timeout", ())
+
+
+def test_log_probabilities_cost_no_run(engine, monkeypatch):
+    decoder = engine._scheduler.decoder
+    runs = []
+    run = decoder._run
+    monkeypatch.setattr(decoder, "_run", lambda *arguments: runs.append(1) or run(*arguments))
+    for options in ({"num_beams": 3}, {"prompt_lookup": True}, {}):
+        engine.ask(DEMO, CAPTION, **options)
+        counts = []
+        for logprobs in (False, True):
+            runs.clear()
+            engine.ask(DEMO, CAPTION, logprobs=logprobs, **options)
+            counts.append(len(runs))
+        assert counts[0] == counts[1] > 1
+
+
+class Damaged:
+    """A decoder's session that gives NaN as often as it is told to, or fails for more than one row."""
+
+    def __init__(self, kind):
+        self.kind, self.left = kind, 0
+
+    def __call__(self, path, options):
+        from mcv_runtime.sessions.graphs import cpu_session
+
+        session, mine = cpu_session(path, options), self
+        if not path.name.startswith("decoder"):
+            return session
+
+        class Binding:
+            def __init__(self):
+                self.inner = session.io_binding()
+                self.rows = 0
+
+            def __getattr__(self, name):
+                return getattr(self.inner, name)
+
+            def bind_cpu_input(self, name, value):
+                self.rows = len(value) if name == "input_ids" else self.rows
+                self.inner.bind_cpu_input(name, value)
+
+            def get_outputs_as_ortvaluevector(self):
+                logits = self.inner.get_outputs_as_ortvaluevector()[0]
+                array = logits.numpy().copy()
+                if mine.kind == "nan" and mine.left and array.size:
+                    mine.left -= 1
+                    array[0, 3] = np.nan
+                return [type("Value", (), {"numpy": lambda self: array})()]
+
+        class Session:
+            def io_binding(self):
+                return Binding()
+
+            def run_with_iobinding(self, binding):
+                if mine.kind == "rows" and binding.rows > 1:
+                    raise RuntimeError("Failed to allocate memory for requested buffer")
+                session.run_with_iobinding(binding.inner)
+
+        return Session()
+
+
+def test_nothing_is_answered_from_numbers_that_are_none():
+    damaged = Damaged("nan")
+    engine = load(threads=1, session_factory=damaged)
+    for options in ({}, {"temperature": 1.0}, {"num_beams": 2}, {"prompt_lookup": True}):
+        damaged.left = 1
+        with pytest.raises(RunError, match="the decoder gave numbers that are none"):
+            engine.ask(DEMO, CAPTION, **options)
+        assert engine.ask(DEMO, CAPTION).text == SAID
+    first, second = engine.submit(request()), engine.submit(request(TEXT))
+    next(first)
+    damaged.left = 1
+    ended = []
+    for ticket in (first, second):
+        try:
+            ended.append(ticket.result().text)
+        except RunError:
+            ended.append("damaged")
+    assert sorted(ended) in (["HELLO", "damaged"], [SAID, "damaged"])  # one request, and no other
+
+
+def test_rows_that_cannot_run_together_run_one_by_one():
+    engine = load(threads=1, session_factory=Damaged("rows"))
+    assert [answer.text for answer in engine.batch([request(), request(TEXT), request()])] == [SAID, "HELLO", SAID]
+
+
+def test_pictures_of_another_bundle_are_refused(bundle_of, engine_of):
+    """Also where they are as wide."""
+    picture = engine_of("minicpmv4_6").encode_image(DEMO)
+    other = load(bundle_of("minicpmv4_6", "q8"))
+    with pytest.raises(OptionError, match="encoded with another bundle"):
+        other.ask(picture, "What?")
+    for call in (
+        lambda: other.chat(nonsense=1),
+        lambda: other.encode_image(DEMO, temperature=3),
+        lambda: other.encode_image(DEMO, options=Options(temperature=3.0)),
+        lambda: other.stream(DEMO, "What?", max_tokens=3),
+    ):
+        with pytest.raises(OptionError, match="there is no option"):
+            call()
+
+
+# The engine
+
+
+@pytest.mark.parametrize("family", ["minicpmv2_6", "minicpmv4_6"])
+def test_keys_and_values_on_a_device_stay_there(family, bundle_of, engine_of, monkeypatch):
+    """With the machine's own memory as the device: a token copies nothing, and tokens are the same."""
+    monkeypatch.setattr("mcv_runtime.engine.device_of", lambda provider: "cpu")
+    engine = load(bundle_of(family), threads=1)
+    slots = engine._scheduler.slots
+    assert isinstance(slots.arena, DeviceArena)
+    usual, options = engine_of(family), {"max_new_tokens": 8}
+    wanted = [usual.ask(DEMO, question, **options).tokens for question in (CAPTION, TEXT, "Why?")]
+    assert [answer.tokens for answer in engine.batch([request(q, **options) for q in (CAPTION, TEXT, "Why?")])] == wanted
+    stream = engine.stream(DEMO, CAPTION, **options)
+    next(stream)
+    copied = slots.copied
+    list(stream)
+    assert slots.copied == copied
+    assert [engine.ask(DEMO, q, **options).tokens for q in (CAPTION, TEXT)] == wanted[:2]
+    beams = engine.ask(DEMO, CAPTION, num_beams=3, **options).tokens
+    assert beams == usual.ask(DEMO, CAPTION, num_beams=3, **options).tokens
+
+
+def test_what_an_engine_says_of_itself(engine, engine_of):
+    info = engine.info()
+    assert (info.family, info.context_length, info.video, info.thinking, info.provider) == (
+        "minicpmv2_6",
+        4096,
+        True,
+        False,
+        "cpu",
+    )
+    assert info.precisions["decoder_with_past"] == "q8"
+    assert engine_of("minicpmv4_6").info().downsample_modes == ("16x", "4x")
+    engine.warm_up()
+    assert (engine.memory().kept, engine.memory().running) == (0, 0)
+    engine.ask(DEMO, TEXT)
+    use = engine.memory()
+    assert use.kept > 0 < use.pictures
+    assert use.kept + use.pictures < use.limit
+
+
+def test_closing_ends_what_is_under_way():
+    with load(threads=1) as engine:
+        stream = engine.stream(DEMO, CAPTION)
+        next(stream)
+    with pytest.raises(RunError, match="the engine was closed"):
+        stream.result()
+    with pytest.raises(RunError, match="the engine was closed"):
+        engine.ask(DEMO, TEXT)
+
+
+@pytest.mark.waits
+def test_coroutines(engine):
+    async def streamed():
+        return "".join([piece async for piece in engine.stream(DEMO, CAPTION)])
+
+    async def given_up():
+        ticket = engine.submit(request())
+        task = asyncio.ensure_future(ticket._finished())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return ticket
+
+    async def all_of_them():
+        tickets = [engine.submit(request(TEXT if number % 2 else CAPTION)) for number in range(8)]
+        texts = [answer.text for answer in await asyncio.gather(*tickets)]
+        return [*texts, await streamed()], await given_up()
+
+    texts, ticket = asyncio.run(all_of_them())
+    assert texts == [SAID, "HELLO"] * 4 + [SAID]
+    assert ticket.result().stop_reason == "cancelled"
+    assert sum(engine._scheduler.load) == 0
+
+
+def test_a_callback_may_ask_the_same_engine(engine):
+    found = []
+
+    def ask(event):
+        if event.stage == "answer" and event.done == 2:
+            found.append(engine.ask(DEMO, TEXT).text)
+
+    assert engine.ask(DEMO, CAPTION, progress=ask).text == SAID
+    assert found == ["HELLO"]
+
+
+def test_requests_of_messages(engine):
+    messages = [{"role": "user", "content": [DEMO, TEXT]}, {"role": "assistant", "content": "HELLO"}]
+    asked = [*messages, {"role": "user", "content": "What colour is the circle?"}]
+    assert engine.submit(Request(messages=asked)).result().text == "red"
+    with pytest.raises(OptionError, match="leave one of them out"):
+        Request(DEMO, TEXT, messages=asked)
+    make = partial(Request, DEMO, TEXT, options={"seed": 1})
+    with pytest.raises(OptionError, match="options are Options"):
+        make()
