@@ -24,7 +24,8 @@ def main() -> int:
     wanted, more = parser.parse_known_args()
     options = ["-q", "-n", "auto", "--dist", "loadfile", "--max-worker-restart", "0", "-m", "waits"]
     tests = [sys.executable, "-m", "pytest", *options, *more]
-    busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(wanted.load)]
+    # Each in a session of its own, which is what Linux shares the processor out by.
+    busy = [subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True) for _ in range(wanted.load)]
     try:
         failed = [run for run in range(1, wanted.runs + 1) if subprocess.run(tests, check=False).returncode]
     finally:

@@ -1,8 +1,10 @@
-"""Every run of the tests draws the same examples."""
+"""Every run of the tests says the same."""
 
 import importlib.util
 import random
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -34,3 +36,10 @@ def test_examples_do_not_hang_on_what_ran_before(tmp_path):
         del sys.modules[path.stem]
     assert settings.default.database is None
     assert settings.default.deadline is None
+
+
+def test_what_waits_is_marked():
+    """Files that start processes or threads say which of their tests `make stress` runs."""
+    starts = re.compile(r"\b(subprocess\.(run|Popen)|ThreadPoolExecutor|threading\.(Thread|Timer)|pty\.openpty)\(")
+    files = {path.name: path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py")}
+    assert [name for name, text in files.items() if starts.search(text) and "mark.waits" not in text] == []
