@@ -30,8 +30,8 @@ _OWN = {FILE_NAME, JSON_NAME, HTML_NAME}
 """Files of a bundle that its manifest need not list; a report is unlisted while it is being replaced."""
 _NO_REPLACE, _EXCHANGE = 1, 2
 """Flags of renameat2(2)."""
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
-"""What file systems that keep no locks on folders answer."""
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
+"""What file systems answer that cannot lock folders, write them through, or exchange names."""
 _log = logging.getLogger(__name__)
 
 
@@ -162,7 +162,7 @@ def _swap(new: Path, place: Path) -> None:
     try:
         _rename(new, place, _EXCHANGE)
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in _UNSUPPORTED:
             raise
         # A kill between these two leaves no OUT; `_restore` finds the old one by its name.
         old = new.with_suffix(".old")
@@ -193,7 +193,7 @@ def _rename(source: Path, target: Path, flag: int) -> None:
         number = ctypes.get_errno()
     else:
         number = errno.ENOSYS
-    if flag == _EXCHANGE or number not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+    if flag == _EXCHANGE or number not in _UNSUPPORTED:
         raise OSError(number, os.strerror(number), str(target))
     source.rename(target)
 
@@ -207,7 +207,7 @@ def _lock(folder: Path) -> int | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
-        if error.errno in _NO_LOCKS:
+        if error.errno in _UNSUPPORTED:
             return None
         raise
     return handle
@@ -244,7 +244,7 @@ def _sync(folder: Path) -> None:
     """Have all of a folder on the disk: a name must not outlive a power failure that its files do not."""
     for top, _, names in os.walk(folder):
         for name in names:
-            with Path(top, name).open("rb") as file:
+            with Path(top, name).open("r+b") as file:
                 os.fsync(file.fileno())
         _sync_folder(Path(top))
 
@@ -255,6 +255,9 @@ def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:  # a file system that writes folders when it likes
+            raise
     finally:
         os.close(handle)
 
