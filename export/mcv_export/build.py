@@ -18,7 +18,6 @@ from pathlib import Path
 from mcv_calibration.measured import NOTHING
 from mcv_calibration.recipe import Precision, Recipe
 from mcv_calibration.samples import SampleSet
-from mcv_export import config as cfg
 from mcv_export.calibrate import SampleOptions, calibrate
 from mcv_export.checkpoint import Checkpoint, open_checkpoint
 from mcv_export.families import recognise
@@ -28,6 +27,7 @@ from mcv_export.plan import ModelPlan
 from mcv_export.precision import SUFFIXES, Wishes, resolved
 from mcv_export.sources import resolve
 from mcv_export.text_graphs import write_text_graphs
+from mcv_export.texts import copy_texts
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest
 from mcv_runtime.errors import CheckpointError, OutputError
@@ -115,7 +115,7 @@ def build(
         resolve(graph, checkpoint)  # what is wrong with a tensor is said now, not when minutes of calibration are over
     with _all_or_nothing(out) as folder:
         calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
-        cfg.copy_texts(checkpoint, folder, plan.chat_template)
+        copy_texts(checkpoint, folder, plan.chat_template)
         if options.text_graphs:
             write_text_graphs((folder / plan.text.tokenizer).read_text(encoding="utf-8"), folder)
         (folder / "onnx").mkdir()

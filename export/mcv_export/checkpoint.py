@@ -9,7 +9,7 @@ import json
 import math
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mcv_export.config import Config
 from mcv_runtime.errors import CheckpointError
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -73,13 +74,28 @@ class Checkpoint:
     """A checkpoint folder in the Hugging Face layout."""
 
     folder: Path
-    config: Mapping[str, Any]
+    config: Config
     tensors: Mapping[str, StoredTensor | LoadedTensor]
+    opened: dict[str, Config] = field(default_factory=dict, repr=False)
+    """The JSON files that were asked for, but for config.json."""
 
-    def json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the checkpoint, {} if it is not there."""
-        path = self.folder / name
-        return _read_json(path) if path.exists() else {}
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, Config):  # a changed copy of it
+            object.__setattr__(self, "config", Config(self.config))
+
+    def json(self, name: str) -> Config:
+        """A JSON file of the checkpoint, empty if it is not there; the same object each time."""
+        if name not in self.opened:
+            path = self.folder / name
+            self.opened[name] = Config(_read_json(path) if path.exists() else {}, name)
+        return self.opened[name]
+
+    def text(self, name: str) -> str:
+        """A text file of the checkpoint; raises `CheckpointError`."""
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{self.folder / name} cannot be read as text ({error})") from None
 
     def tensor(self, name: str) -> StoredTensor | LoadedTensor:
         try:
@@ -97,10 +113,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} has no config.json; a checkpoint folder holds config.json, tokenizer.json and *.safetensors"
         )
     config = _read_json(folder / "config.json")
-    if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        raise CheckpointError(f"{folder} is already quantized ({method}); build from the full-precision checkpoint")
-    return Checkpoint(folder, config, _find_tensors(folder))
+    for place in (config, config.get("text_config")):
+        for key in ("quantization_config", "compression_config"):
+            if quantized := place.get(key) if isinstance(place, dict) else None:
+                method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+                raise CheckpointError(f"{folder} is already quantized ({method}); build from the full-precision checkpoint")
+    return Checkpoint(folder, Config(config), _find_tensors(folder))
 
 
 def _find_tensors(folder: Path) -> dict[str, StoredTensor | LoadedTensor]:
@@ -168,7 +186,7 @@ def _map_torch_file(file: Path) -> dict[str, StoredTensor | LoadedTensor]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
