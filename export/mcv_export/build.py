@@ -13,7 +13,6 @@ from pathlib import Path
 from mcv_calibration.measured import NOTHING
 from mcv_calibration.recipe import Precision, Recipe
 from mcv_calibration.samples import SampleSet
-from mcv_export import config as cfg
 from mcv_export.adapters import Adapter, open_merged
 from mcv_export.calibrate import SampleOptions, calibrate
 from mcv_export.checkpoint import Checkpoint
@@ -26,6 +25,7 @@ from mcv_export.plan import ModelPlan
 from mcv_export.precision import SUFFIXES, Wishes, resolved
 from mcv_export.sources import resolve
 from mcv_export.text_graphs import write_text_graphs
+from mcv_export.texts import copy_texts
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import FILE_NAME, GraphName, GraphSpec, Manifest
 from mcv_runtime.errors import BundleCorruptError, CheckpointError, printable
@@ -120,8 +120,8 @@ def build(
     for graph in plan.graphs:
         resolve(graph, checkpoint)  # what is wrong with a tensor is said now, not when minutes of calibration are over
     with output_folder(out, checkpoint_folder, force=options.force) as folder:
-        cfg.copy_texts(checkpoint, folder, plan.chat_template)
         calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
+        copy_texts(checkpoint, folder, plan.chat_template)
         if options.text_graphs:
             write_text_graphs((folder / plan.text.tokenizer).read_text(encoding="utf-8"), folder)
         (folder / "onnx").mkdir()

@@ -6,13 +6,14 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mcv_export.config import Config
 from mcv_export.tensor_files import LoadedTensor, StoredTensor, read_tensors, require_float
 from mcv_runtime.bundle.manifest import AdapterSpec
 from mcv_runtime.errors import CheckpointError, printable
@@ -44,15 +45,23 @@ class Checkpoint:
     """A checkpoint folder in the Hugging Face layout."""
 
     folder: Path
-    config: Mapping[str, Any]
+    config: Config
     tensors: Mapping[str, CheckpointTensor]
     adapters: tuple[AdapterSpec, ...] = ()
     """What is merged into the tensors."""
+    opened: dict[str, Config] = field(default_factory=dict, repr=False)
+    """The JSON files that were asked for, but for config.json."""
 
-    def json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the checkpoint, {} if it is not there."""
-        path = self.folder / name
-        return read_json(path) if os.path.lexists(path) else {}
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, Config):  # a changed copy of it
+            object.__setattr__(self, "config", Config(self.config))
+
+    def json(self, name: str) -> Config:
+        """A JSON file of the checkpoint, empty if it is not there; the same object each time."""
+        if name not in self.opened:
+            path = self.folder / name
+            self.opened[name] = Config(read_json(path) if os.path.lexists(path) else {}, name)
+        return self.opened[name]
 
     def text(self, name: str) -> str:
         """A text file of the checkpoint, which must lie in its folder: what a link leads to elsewhere is nobody's to copy."""
@@ -78,13 +87,15 @@ def open_checkpoint(folder: Path, *, adapter_known: bool = False) -> Checkpoint:
             f"{folder} has no config.json; a checkpoint folder holds config.json, tokenizer.json and *.safetensors"
         )
     config = read_json(folder / "config.json")
-    if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        raise CheckpointError(f"{folder} is already quantized ({method}); build from the full-precision checkpoint")
+    for place in (config, config.get("text_config")):
+        for key in ("quantization_config", "compression_config"):
+            if quantized := place.get(key) if isinstance(place, dict) else None:
+                method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+                raise CheckpointError(f"{folder} is already quantized ({method}); build from the full-precision checkpoint")
     tensors = _find_tensors(folder)
     _refuse_unmerged(folder, tensors)
     _require_layers(config, len(tensors))
-    return Checkpoint(folder, config, tensors)
+    return Checkpoint(folder, Config(config), tensors)
 
 
 def _refuse_adapter(folder: Path, adapter_known: bool) -> None:

@@ -1,50 +1,147 @@
-"""Reading values from a checkpoint's JSON files, with errors that name the key."""
+"""Reading values from a checkpoint's JSON files, with errors that name the key, and with a memory of what was read."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from mcv_export.checkpoint import Checkpoint
-from mcv_runtime.bundle.manifest import GenerationSpec
 from mcv_runtime.errors import CheckpointError
-from mcv_runtime.files import parse_json
+
+
+class Config(Mapping[str, Any]):
+    """A JSON object of somebody's file that remembers which of its keys were read.
+
+    null counts as not there, as transformers writes it for a value that has its default; `nulls` are those keys.
+    """
+
+    def __init__(self, data: Mapping[str, Any], file: str = "config.json", path: str = "") -> None:
+        self.file = file
+        self.path = path
+        """Where this object stands in the file: `""`, or `text_config.` and the like."""
+        self.nulls = frozenset(key for key, value in data.items() if value is None)
+        self._values = {
+            key: Config(value, file, f"{path}{key}.") if isinstance(value, dict) else value
+            for key, value in data.items()
+            if value is not None
+        }
+        self._read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._values[key]
+        self._read.add(key)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __eq__(self, other: object) -> bool:  # reads nothing
+        return self._values == (other._values if isinstance(other, Config) else other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+    def pass_over(self) -> None:
+        """Count all that is in here as read: nothing uses it."""
+        self._read.update(self._values)
+        for value in self._values.values():
+            if isinstance(value, Config):
+                value.pass_over()
+
+    def unread(self) -> Iterator[tuple[str, str, Any]]:
+        """The keys that nobody read, but for empty objects: each alone, with the objects it stands in, and its value."""
+        for key, value in self._values.items():
+            if isinstance(value, Config) and not value:
+                continue
+            if key not in self._read:
+                yield key, self.path + key, value
+            elif isinstance(value, Config):
+                yield from value.unread()
+
+
+class Overlay(Mapping[str, Any]):
+    """Several objects as one: the first that has a key says its value, and all count as read."""
+
+    def __init__(self, *layers: Mapping[str, Any]) -> None:
+        self._layers = layers
+
+    def __getitem__(self, key: str) -> Any:
+        values = [layer[key] for layer in self._layers if key in layer]
+        if not values:
+            raise KeyError(key)
+        return values[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(key for layer in self._layers for key in layer))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A nested object."""
     value = config.get(key)
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         raise CheckpointError(f"config.json has no section {key!r}")
     return value
 
 
-def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive integer."""
+def optional_section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A nested object, empty where there is none."""
+    return section(config, key) if key in config else {}
+
+
+def integer(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
+    """An integer, positive unless `least` says otherwise."""
     value = config.get(key, default)
-    if type(value) is not int or value < 1:
-        raise CheckpointError(_complaint(key, value, "a positive integer"))
+    if type(value) is not int or value < least:
+        raise CheckpointError(
+            _complaint(config, key, value, "a positive integer" if least == 1 else f"an integer from {least} on")
+        )
     return value
 
 
 def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """A positive number."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise CheckpointError(_complaint(key, value, "a positive number"))
+    if not _is_number(value) or value <= 0:
+        raise CheckpointError(_complaint(config, key, value, "a positive number"))
     return float(value)
 
 
-def numbers(config: Mapping[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+def numbers(config: Mapping[str, Any], key: str, default: tuple[float, ...] | None = None) -> tuple[float, ...]:
     """A list of numbers."""
     value = config.get(key, default)
-    if not isinstance(value, list | tuple) or not all(isinstance(item, int | float) for item in value):
-        raise CheckpointError(_complaint(key, value, "a list of numbers"))
+    if not isinstance(value, list | tuple) or not all(map(_is_number, value)):
+        raise CheckpointError(_complaint(config, key, value, "a list of numbers"))
     return tuple(map(float, value))
+
+
+def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """true or false."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(_complaint(config, key, value, "true or false"))
+    return value
+
+
+def string(config: Mapping[str, Any], key: str, default: str) -> str:
+    value = config.get(key, default)
+    if not isinstance(value, str):
+        raise CheckpointError(_complaint(config, key, value, "a string"))
+    return value
+
+
+def expect(config: Mapping[str, Any], key: str, wanted: object, *same: object) -> None:
+    """Raise `CheckpointError` where a key has another than the one supported value; `same` are other spellings of it."""
+    value = config.get(key, wanted)
+    if (list(value) if isinstance(value, tuple) else value) not in (wanted, *same):
+        raise CheckpointError(f"config has {named(config, key)}={shown(value)}; of this family mcv knows {wanted!r} only")
 
 
 def affine(names: Mapping[str, str]) -> dict[str, str]:
@@ -52,92 +149,23 @@ def affine(names: Mapping[str, str]) -> dict[str, str]:
     return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in names.items() for kind in ("weight", "bias")}
 
 
-def generation(
-    checkpoint: Checkpoint, *, stop_tokens: Sequence[str], repetition_penalty: float, max_new_tokens: int
-) -> GenerationSpec:
-    """Stop tokens by name; the penalty from generation_config.json where it has one, else the family's own."""
-    ids = token_ids(checkpoint)
-    if missing := [token for token in stop_tokens if token not in ids]:
-        raise CheckpointError(f"tokenizer.json lacks the stop token {missing[0]}")
-    defaults = checkpoint.json("generation_config.json")
-    return GenerationSpec(
-        stop_token_ids=tuple(ids[token] for token in stop_tokens),
-        repetition_penalty=number(defaults, "repetition_penalty", repetition_penalty),
-        max_new_tokens=max_new_tokens,
-    )
+def named(config: Mapping[str, Any], key: str) -> str:
+    """A key with the objects that it stands in, for messages."""
+    return f"{config.path}{key}" if isinstance(config, Config) else key
 
 
-def expect(config: Mapping[str, Any], key: str, wanted: object) -> None:
-    """Raise `CheckpointError` where a key has another than the one value that is supported."""
-    value = config.get(key, wanted)
-    if (list(value) if isinstance(value, tuple) else value) != wanted:
-        raise CheckpointError(f"config has {key}={value!r}; of this family mcv knows {wanted!r} only")
+def shown(value: object) -> str:
+    """A value, short enough for one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def chat_template(checkpoint: Checkpoint) -> str:
-    """The checkpoint's chat template, from its own file or from tokenizer_config.json."""
-    if os.path.lexists(checkpoint.folder / "chat_template.jinja"):
-        return checkpoint.text("chat_template.jinja")
-    template = checkpoint.json("tokenizer_config.json").get("chat_template")
-    if not isinstance(template, str):
-        raise CheckpointError(
-            f"{checkpoint.folder} has no chat template, neither chat_template.jinja nor in tokenizer_config.json"
-        )
-    return template
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def copy_texts(checkpoint: Checkpoint, folder: Path, template: str | None) -> None:
-    """Tokenizer and configs as the checkpoint has them, and the chat template."""
-    for name in ("tokenizer.json", "preprocessor_config.json", "generation_config.json"):
-        if os.path.lexists(checkpoint.folder / name):
-            (folder / name).write_bytes(checkpoint.text(name).encode())
-    # newline="": a template is data, its line ends stay as they are
-    with (folder / "chat_template.jinja").open("w", encoding="utf-8", newline="") as file:
-        file.write(template or chat_template(checkpoint))
-
-
-def template_variables(checkpoint: Checkpoint) -> dict[str, str]:
-    """The special tokens that a chat template may name, from tokenizer_config.json."""
-    settings = checkpoint.json("tokenizer_config.json")
-    tokens = {name: settings.get(name) for name in ("bos_token", "eos_token")}
-    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def token_ids(checkpoint: Checkpoint) -> dict[str, int]:
-    """The added tokens of tokenizer.json by text."""
-    return {content: number for content, number, _ in _added_tokens(checkpoint)}
-
-
-def special_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The added tokens of tokenizer.json that are no text."""
-    return tuple(number for _, number, special in _added_tokens(checkpoint) if special)
-
-
-def newline_id(checkpoint: Checkpoint, config: Mapping[str, Any]) -> int:
-    """The token of a single line break, from config.json or else the tokenizer itself."""
-    if isinstance(known := config.get("newline_id"), int):
-        return known
-    try:
-        ids = Tokenizer.from_str(checkpoint.text("tokenizer.json")).encode("\n", add_special_tokens=False).ids
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise CheckpointError(f"tokenizer.json cannot be used: {error}") from None
-    if len(ids) != 1:
-        raise CheckpointError("tokenizer.json has no token for a line break")
-    return int(ids[0])
-
-
-def _added_tokens(checkpoint: Checkpoint) -> list[tuple[str, int, bool]]:
-    path = checkpoint.folder / "tokenizer.json"
-    if not os.path.lexists(path):
-        raise CheckpointError(f"{checkpoint.folder} has no tokenizer.json")
-    settings = parse_json(checkpoint.text("tokenizer.json"), str(path), error=CheckpointError)
-    try:
-        tokens = settings["added_tokens"]
-        return [(token["content"], token["id"], bool(token.get("special"))) for token in tokens]
-    except (LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); download it again") from None
-
-
-def _complaint(key: str, value: object, wanted: str) -> str:
-    return f"config lacks the key {key!r}" if value is None else f"config has {key}={value!r}, which is not {wanted}"
+def _complaint(config: Mapping[str, Any], key: str, value: object, wanted: str) -> str:
+    if value is None:
+        null = isinstance(config, Config) and key in config.nulls
+        return f"config has {named(config, key)}=null, which has no default" if null else f"config lacks the key {key!r}"
+    return f"config has {named(config, key)}={shown(value)}, which is not {wanted}"

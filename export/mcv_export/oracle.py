@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mcv_calibration.continuation import continuation_feed
-from mcv_export import config as cfg
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.eager import eager_module
 from mcv_export.file_specs import folder_specs
 from mcv_export.plan import ModelPlan
 from mcv_export.remembering import RememberingSession
+from mcv_export.texts import copy_texts
 from mcv_graphs.contract import GraphIO
 from mcv_runtime.bundle.manifest import FILE_NAME, GraphName, GraphSpec, Manifest
 from mcv_runtime.engine import Engine, load
@@ -100,7 +100,7 @@ def oracle_engine(
                 file=graph.name, precision="fp32", inputs=graph.io.all_inputs, outputs=graph.io.all_outputs
             )
             (folder / graph.name).touch()
-        cfg.copy_texts(checkpoint, folder, plan.chat_template)
+        copy_texts(checkpoint, folder, plan.chat_template)
         manifest = plan.manifest(family="", model=checkpoint.folder.name, graphs=specs, files=folder_specs(folder))
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
 

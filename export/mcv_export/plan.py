@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mcv_export.checkpoint import Checkpoint
+from mcv_export.config_keys import refuse_unread
 from mcv_graphs.contract import GraphIO
 from mcv_runtime.bundle.manifest import (
     GenerationSpec,
@@ -80,8 +81,10 @@ class ModelPlan:
     """Prefixes of checkpoint tensors that a bundle does not need."""
     notice: str | None = None
     """What a user should know before using the bundle."""
-    chat_template: str | None = None
-    """In place of the checkpoint's own, where it has none or leaves something to its code."""
+    chat_template: str
+    """The checkpoint's own, but for what it leaves to its code."""
+    ignored_keys: tuple[str, ...] = ()
+    """Beginnings of configuration keys about what a bundle leaves out."""
 
     def manifest(self, *, family: str, model: str, graphs: Mapping[GraphName, GraphSpec], **more: Any) -> Manifest:
         """The facts of this plan, with what only a build knows."""
@@ -126,8 +129,14 @@ class Family:
     title: str
     recognises: Callable[[Mapping[str, Any]], bool]
     """Whether a `config.json` belongs to this family."""
-    plan: Callable[[Checkpoint], ModelPlan]
+    read: Callable[[Checkpoint], ModelPlan]
     description: Description
+
+    def plan(self, checkpoint: Checkpoint) -> ModelPlan:
+        """How to build a checkpoint; raises `CheckpointError`, also for a key of its configuration that was not weighed."""
+        plan = self.read(checkpoint)
+        refuse_unread(checkpoint, plan.ignored_keys)
+        return plan
 
 
 def same(names: Mapping[str, str], layers: int = 1, *, scale: float = 1.0) -> dict[str, tuple[Part, ...]]:

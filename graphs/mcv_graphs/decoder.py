@@ -20,7 +20,8 @@ DecoderState = LayerState[tuple[Tensor, Tensor]]
 class DecoderConfig:
     """Sizes of a Llama-like decoder; `context_length` bounds the rotary tables.
 
-    `qk_norm`: queries and keys are normed per head (Qwen3). `rope_factors` stretch each frequency's wavelength (longrope).
+    `qk_norm`: queries and keys are normed per head (Qwen3). `frequencies` are radians a position of each rotated pair, where
+    they are not `rope_theta`'s own, and `rotary_scale` multiplies cosine and sine (longrope, YaRN and the like).
     """
 
     vocab_size: int
@@ -35,7 +36,8 @@ class DecoderConfig:
     rope_theta: float
     qkv_bias: bool = False
     qk_norm: bool = False
-    rope_factors: tuple[float, ...] = ()
+    frequencies: tuple[float, ...] = ()
+    rotary_scale: float = 1.0
 
 
 class Decoder(nn.Module):
@@ -151,9 +153,9 @@ class DecoderLayer(nn.Module):
 
 def rotary_tables(config: DecoderConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position and frequency: two float32 [context_length, head_dim / 2]."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    wavelengths = config.rope_theta**exponents
-    if config.rope_factors:
-        wavelengths = wavelengths * torch.tensor(config.rope_factors, dtype=torch.float32)
-    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), 1.0 / wavelengths)
-    return angles.cos(), angles.sin()
+    if config.frequencies:
+        frequencies = torch.tensor(config.frequencies, dtype=torch.float32)
+    else:
+        frequencies = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), frequencies)
+    return angles.cos() * config.rotary_scale, angles.sin() * config.rotary_scale

@@ -18,7 +18,10 @@ LayerKind = Literal["linear_attention", "full_attention"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HybridConfig:
-    """Sizes of a Qwen3.5-like decoder. `mrope_section` counts the frequencies of time, row and column; empty: one position."""
+    """Sizes of a Qwen3.5-like decoder. `mrope_section` counts the frequencies of time, row and column; empty: one position.
+
+    `frequencies` and `rotary_scale` as in `mcv_graphs.decoder.DecoderConfig`.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -36,6 +39,8 @@ class HybridConfig:
     context_length: int
     rms_norm_eps: float
     rope_theta: float
+    frequencies: tuple[float, ...] = ()
+    rotary_scale: float = 1.0
     mrope_section: tuple[int, ...] = ()
     tied: bool = True
 
@@ -136,7 +141,9 @@ class HybridDecoder(nn.Module):
         else:
             positions = positions.flatten().unsqueeze(-1)
         angles = positions * self.frequencies
-        return angles.cos(), angles.sin()
+        if self.config.rotary_scale == 1:
+            return angles.cos(), angles.sin()
+        return angles.cos() * self.config.rotary_scale, angles.sin() * self.config.rotary_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +260,8 @@ _LAYERS: dict[LayerKind, type[FullAttentionLayer] | type[DeltaNetLayer]] = {
 
 def rotary_frequencies(config: HybridConfig) -> Tensor:
     """Radians per position of each rotated pair: [rotary_dim / 2] float32."""
+    if config.frequencies:
+        return torch.tensor(config.frequencies, dtype=torch.float32)
     exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
     return 1.0 / config.rope_theta**exponents
 

@@ -34,6 +34,24 @@ def checkpoint(copied: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture
+def copy_checkpoint(golden_root: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a family's golden checkpoint with one of its JSON files changed, or made."""
+
+    def copy(family: str, change: Callable[[dict[str, Any]], Any], file: str = "config.json") -> Path:
+        folder = tmp_path / f"changed-{family}" / "checkpoint"
+        if not folder.exists():
+            shutil.copytree(golden_root / family / "checkpoint", folder, copy_function=shutil.copyfile)
+            folder.chmod(0o755)
+        path = folder / file
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        change(content)
+        path.write_text(json.dumps(content), encoding="utf-8")
+        return folder
+
+    return copy
+
+
+@pytest.fixture
 def edit_tensors(checkpoint: Path) -> Callable[[Edit], Path]:
     """Change the copy's tensors in place."""
 

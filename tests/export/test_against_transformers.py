@@ -45,6 +45,13 @@ CASES = {
          "newline_id": 198},
         {},
     ),
+    # frequencies stretched by parts, and cosine and sine multiplied
+    "yarn": (
+        "minicpmv4_6",
+        {"insert_layer_id": 1},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "factor": 4.0,
+                             "original_max_position_embeddings": 64}},
+    ),
     "ocr": ("minicpm_ocr", {"insert_layer_id": 1, "tie_word_embeddings": True}, {"num_key_value_heads": 4}),
 }  # fmt: skip
 

@@ -19,6 +19,14 @@ def test_one_frame_a_second():
     assert plan_frames(100, 29.97, 100 / 29.97, 128, 1) == [(0,), (29,), (59,), (89,)]
 
 
+def test_strides_of_a_rounded_rate():
+    """`encode_video` of the model card of MiniCPM-V 2.6: every round(fps)-th frame, thinned from the middle of each part."""
+    assert plan_frames(100, 29.97, 100 / 29.97, 64, 1, strided=True) == [(0,), (30,), (60,), (90,)]
+    assert plan_frames(8, 0.4, 20.0, 64, 1, strided=True) == [(i,) for i in range(8)]
+    assert plan_frames(300, 25.0, 12.0, 4, 1, strided=True) == [(25,), (100,), (175,), (250,)]  # 1, 4, 7, 10 of 12
+    assert plan_frames(10, 2.5, 4.0, 64, 1, strided=True) == [(0,), (2,), (4,), (6,), (8,)]  # halves are rounded to even
+
+
 def test_a_long_video_is_thinned_evenly():
     units = plan_frames(300, 1.0, 300.0, 4, 1)
     assert units == [(0,), (99,), (199,), (299,)]  # of 3000 tenths of a second: 0, 999, 1999, 2999

@@ -8,6 +8,7 @@ from typing import Any
 
 from mcv_export.adapters.tensors import same_values
 from mcv_export.checkpoint import Checkpoint
+from mcv_export.config import Config
 
 _KEY = "tie_word_embeddings"
 
@@ -47,14 +48,14 @@ def untied(checkpoint: Checkpoint, tie: Tie) -> Checkpoint:
     tensors = dict(checkpoint.tensors)
     tensors[tie.head] = tensors[tie.embedding]
     config: dict[str, Any] = {**checkpoint.config, _KEY: False}
-    if isinstance(config.get("text_config"), dict):
+    if isinstance(config.get("text_config"), Mapping):
         config["text_config"] = {**config["text_config"], _KEY: False}
-    return replace(checkpoint, tensors=tensors, config=config)
+    return replace(checkpoint, tensors=tensors, config=Config(config))
 
 
 def _says_tied(config: Mapping[str, Any]) -> bool:
     text = config.get("text_config")
-    return bool(config.get(_KEY) or (isinstance(text, dict) and text.get(_KEY)))
+    return bool(config.get(_KEY) or (isinstance(text, Mapping) and text.get(_KEY)))
 
 
 def _is_one(checkpoint: Checkpoint, embedding: str, head: str) -> bool:

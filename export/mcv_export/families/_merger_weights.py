@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mcv_export import config as cfg
 from mcv_export.plan import GraphPlan, Part, Weights, same
+from mcv_export.tying import TableAndHead
 from mcv_graphs.contract import (
     key_value_entries,
     merger_io,
@@ -61,12 +62,12 @@ def merger_plan(vision_size: int, hidden_size: int) -> GraphPlan:
     )
 
 
-def decoder_plan(config: HybridConfig) -> GraphPlan:
+def decoder_plan(config: HybridConfig, stored: TableAndHead) -> GraphPlan:
     """The language model; zero-centred norms get their 1, and the decay's logarithm becomes the factor that it stands for."""
     prefix = "model.language_model"
     weights: dict[str, tuple[Part, ...]] = {
-        "embed_tokens.weight": (Part(tensor=f"{prefix}.embed_tokens.weight"),),
-        "lm_head.weight": (Part(tensor=f"{prefix}.embed_tokens.weight" if config.tied else "lm_head.weight"),),
+        "embed_tokens.weight": (Part(tensor=stored.table),),
+        "lm_head.weight": (Part(tensor=stored.head),),
         "norm.weight": (Part(tensor=f"{prefix}.norm.weight", transform="plus_one"),),
     }
     cache: list[CacheEntry] = []

@@ -15,9 +15,7 @@ from mcv_export.checkpoint import Checkpoint
 from mcv_export.families import _resampler_generation as parts
 from mcv_export.plan import Description, Family, GraphPlan, ModelPlan, Part, same
 from mcv_graphs.contract import resized_vision_encoder_io
-from mcv_graphs.resampler import ResamplerConfig
 from mcv_graphs.siglip import ResizedSiglipTower, SiglipConfig
-from mcv_runtime.bundle.manifest import PlaceholderSpec, TextSpec
 from mcv_runtime.errors import CheckpointError
 
 _CHAT_TEMPLATE = (
@@ -36,31 +34,27 @@ def _recognises(config: Mapping[str, Any]) -> bool:
 def _plan(checkpoint: Checkpoint) -> ModelPlan:
     config = checkpoint.config
     tower = _tower_config(checkpoint)
-    hidden, queries = cfg.integer(config, "hidden_size"), cfg.integer(config, "query_num")
-    resampler = ResamplerConfig(
-        hidden_size=hidden,
-        vision_size=tower.hidden_size,
-        num_queries=queries,
-        num_heads=max(hidden // 128, 1),
-        query_positions=True,
-    )
+    resampler = parts.resampler_config(config, tower.hidden_size, query_positions=True)
     decoder = parts.decoder_config(config)
+    cfg.flag(config, "drop_vision_last_layer", True)  # the file holds the layers that are left
     return ModelPlan(
         graphs=(
             _vision_encoder(tower),
             parts.resampler(resampler),
             parts.decoder(
+                checkpoint,
                 decoder,
+                tied=True,
                 embedding_scale=cfg.number(config, "scale_emb"),
                 residual_scale=cfg.number(config, "scale_depth") / decoder.num_layers**0.5,
-                logit_scale=cfg.number(config, "dim_model_base") / hidden,
+                logit_scale=cfg.number(config, "dim_model_base") / decoder.hidden_size,
             ),
         ),
-        hidden_size=hidden,
+        hidden_size=decoder.hidden_size,
         image=parts.image_spec(checkpoint, tower, positions="resized"),
-        placeholder=PlaceholderSpec(strategy="bracketed_slices", token="<unk>", tokens_per_slice=queries),
-        text=TextSpec(vocab_size=decoder.vocab_size, context_length=decoder.context_length, dropped_ids=(0,)),
-        generation=cfg.generation(checkpoint, stop_tokens=("</s>",), repetition_penalty=1.05, max_new_tokens=1024),
+        placeholder=parts.placeholder(checkpoint, resampler.num_queries, numbered=False),
+        text=parts.text_spec(checkpoint, decoder, _CHAT_TEMPLATE),
+        generation=parts.generation(checkpoint, decoder, "</s>", repetition_penalty=1.05, max_new_tokens=1024),
         chat_template=_CHAT_TEMPLATE,
     )
 
@@ -117,7 +111,7 @@ FAMILY = Family(
     name="minicpmv2_0",
     title="MiniCPM-V 1.0 and 2.0",
     recognises=_recognises,
-    plan=_plan,
+    read=_plan,
     description=Description(
         sizes="2.8B",
         config="`MiniCPMV`, no `version`, `vision_encoder`",

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mcv_export import config as cfg
+from mcv_export import texts
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.families import _resampler_generation as parts
 from mcv_export.plan import Description, Family, ModelPlan
-from mcv_runtime.bundle.manifest import PlaceholderSpec, TextSpec
 
 
 def _recognises(config: Mapping[str, Any]) -> bool:
@@ -26,20 +26,19 @@ def _plan(checkpoint: Checkpoint) -> ModelPlan:
     tower = parts.tower_config(config)
     resampler = parts.resampler_config(config, tower.hidden_size)
     decoder = parts.decoder_config(config)
+    cfg.expect(config, "batch_vision_input", True)  # without, each slice would be numbered and padded by itself
+    generation = parts.generation(
+        checkpoint, decoder, "<|end_of_text|>", "<|eot_id|>", repetition_penalty=1.05, max_new_tokens=1024
+    )
+    template = texts.chat_template(checkpoint, asked="tokenizer")
     return ModelPlan(
-        graphs=(parts.vision_encoder(tower), parts.resampler(resampler), parts.decoder(decoder)),
+        graphs=(parts.vision_encoder(tower), parts.resampler(resampler), parts.decoder(checkpoint, decoder)),
         hidden_size=decoder.hidden_size,
         image=parts.image_spec(checkpoint, tower, positions="strip"),
-        placeholder=PlaceholderSpec(strategy="bracketed_slices", token="<unk>", tokens_per_slice=resampler.num_queries),
-        text=TextSpec(
-            vocab_size=decoder.vocab_size,
-            context_length=decoder.context_length,
-            dropped_ids=(0,),
-            template_variables=cfg.template_variables(checkpoint),
-        ),
-        generation=cfg.generation(
-            checkpoint, stop_tokens=("<|end_of_text|>", "<|eot_id|>"), repetition_penalty=1.05, max_new_tokens=1024
-        ),
+        placeholder=parts.placeholder(checkpoint, resampler.num_queries, numbered=False),
+        text=parts.text_spec(checkpoint, decoder, template),
+        generation=generation,
+        chat_template=template,
     )
 
 
@@ -47,7 +46,7 @@ FAMILY = Family(
     name="minicpmv2_5",
     title="MiniCPM-Llama3-V 2.5",
     recognises=_recognises,
-    plan=_plan,
+    read=_plan,
     description=Description(
         sizes="8B",
         config="`MiniCPMV`, `version` 2.5",

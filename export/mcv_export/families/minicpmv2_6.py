@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mcv_export import config as cfg
+from mcv_export import texts
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.families import _resampler_generation as parts
 from mcv_export.plan import Description, Family, ModelPlan
-from mcv_runtime.bundle.manifest import TextSpec, VideoSpec
+from mcv_runtime.bundle.manifest import VideoSpec
 
 
 def _recognises(config: Mapping[str, Any]) -> bool:
@@ -24,17 +24,19 @@ def plan(checkpoint: Checkpoint) -> ModelPlan:
     tower = parts.tower_config(config)
     resampler = parts.resampler_config(config, tower.hidden_size)
     decoder = parts.decoder_config(config, qkv_bias=True)
+    generation = parts.generation(
+        checkpoint, decoder, "<|im_end|>", "<|endoftext|>", repetition_penalty=1.05, max_new_tokens=2048
+    )
+    template = texts.chat_template(checkpoint, asked="tokenizer")
     return ModelPlan(
-        graphs=(parts.vision_encoder(tower), parts.resampler(resampler), parts.decoder(decoder)),
+        graphs=(parts.vision_encoder(tower), parts.resampler(resampler), parts.decoder(checkpoint, decoder)),
         hidden_size=decoder.hidden_size,
         image=parts.image_spec(checkpoint, tower),
         placeholder=parts.placeholder(checkpoint, resampler.num_queries),
-        video=VideoSpec(max_num_frames=64),
-        # The published decode() removes id 0 from answers.
-        text=TextSpec(vocab_size=decoder.vocab_size, context_length=decoder.context_length, dropped_ids=(0,)),
-        generation=cfg.generation(
-            checkpoint, stop_tokens=("<|im_end|>", "<|endoftext|>"), repetition_penalty=1.05, max_new_tokens=2048
-        ),
+        video=VideoSpec(strategy="strided", max_num_frames=64),
+        text=parts.text_spec(checkpoint, decoder, template),
+        generation=generation,
+        chat_template=template,
     )
 
 
@@ -42,7 +44,7 @@ FAMILY = Family(
     name="minicpmv2_6",
     title="MiniCPM-V 2.6",
     recognises=_recognises,
-    plan=plan,
+    read=plan,
     description=Description(
         sizes="8B",
         config="`MiniCPMV`, `version` 2.6",

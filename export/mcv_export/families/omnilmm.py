@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from mcv_export import config as cfg
+from mcv_export import texts
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.families import _resampler_generation as parts
 from mcv_export.plan import Description, Family, GraphPlan, ModelPlan, Part, same
 from mcv_graphs.contract import fixed_resampler_io, fixed_vision_encoder_io
 from mcv_graphs.eva import EvaConfig, EvaTower
 from mcv_graphs.resampler import FixedResampler, ResamplerConfig, position_frequencies
-from mcv_runtime.bundle.manifest import ImageSpec, PlaceholderSpec, TextSpec
+from mcv_runtime.bundle.manifest import ImageSpec, PlaceholderSpec
 from mcv_runtime.errors import CheckpointError
 
 _TOWER, _RESAMPLER = "model.vision_tower", "model.resampler"
@@ -52,15 +53,17 @@ def _plan(checkpoint: Checkpoint) -> ModelPlan:
         num_heads=max(hidden // 128, 1),
         query_positions=True,
     )
-    decoder = parts.decoder_config(config)
-    ids = cfg.token_ids(checkpoint)
+    decoder = parts.decoder_config(config, sliding=True)
+    ids = texts.token_ids(checkpoint)
     if missing := [token for token in ("<im_patch>", "<im_start>", "<im_end>") if token not in ids]:
         raise CheckpointError(f"tokenizer.json lacks {missing[0]}; add the picture tokens to it as the published chat.py does")
+    generation = parts.generation(checkpoint, decoder, "</s>", repetition_penalty=1.1, max_new_tokens=1024)
+    template = _DEFAULT_SYSTEM + texts.chat_template(checkpoint, asked="tokenizer")
     return ModelPlan(
         graphs=(
             _vision_encoder(tower, checkpoint),
             _resampler(resampler, tower, checkpoint),
-            parts.decoder(decoder, prefix=""),
+            parts.decoder(checkpoint, decoder, prefix=""),
         ),
         hidden_size=hidden,
         image=ImageSpec(
@@ -80,13 +83,10 @@ def _plan(checkpoint: Checkpoint) -> ModelPlan:
             image_start="<im_start>",
             image_end="<im_end>",
         ),
-        text=TextSpec(
-            vocab_size=decoder.vocab_size,
-            context_length=decoder.context_length,
-            template_variables=cfg.template_variables(checkpoint),
-        ),
-        generation=cfg.generation(checkpoint, stop_tokens=("</s>",), repetition_penalty=1.1, max_new_tokens=1024),
-        chat_template=_DEFAULT_SYSTEM + cfg.chat_template(checkpoint),
+        text=parts.text_spec(checkpoint, decoder, template, dropped_ids=()),
+        generation=generation,
+        chat_template=template,
+        ignored_keys=("mm_", "use_mm_", "tune_", "freeze_"),
     )
 
 
@@ -176,7 +176,7 @@ FAMILY = Family(
     name="omnilmm",
     title="OmniLMM-12B",
     recognises=_recognises,
-    plan=_plan,
+    read=_plan,
     description=Description(
         sizes="12B",
         config="`OmniLMMForCausalLM`",

@@ -107,9 +107,10 @@ class ImageSpec:
     sizes in whole visual tokens; `square`: never cut, one size for all). `downsample` names the modes that a request may choose
     from, `downsample_mode` the default.
     `small_image_upsize`: whether a picture smaller than a slice is enlarged, or only where its text is small (`adaptive`).
-    `positions` names how patch positions are numbered (`bucketized`: fractional coordinates against a table of
-    `position_table_side` entries a side; `strip`: the same along one row as long as the request's longest slice, to which
-    shorter ones are padded; `resized`: the table is resized to the slice, bicubic with antialiasing).
+    `positions` names how patch positions are numbered (`bucketized`: fractional coordinates, counted up in steps, against a
+    table of `position_table_side` entries a side; `divided`: the same, each coordinate a quotient of its own; `strip`: as
+    `bucketized` along one row as long as the request's longest slice, to which shorter ones are padded; `resized`: the table is
+    resized to the slice, bicubic with antialiasing).
     """
 
     slicing: Literal["adaptive_grid", "aligned_grid", "square"] = "adaptive_grid"
@@ -119,7 +120,7 @@ class ImageSpec:
     slice_mode: bool = True
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    positions: Literal["bucketized", "strip", "resized"] = "bucketized"
+    positions: Literal["bucketized", "divided", "strip", "resized"] = "bucketized"
     position_table_side: Annotated[int, Between(1, 1024)] = 70
     downsample: Mapping[str, DownsampleSpec] = field(default_factory=dict)
     downsample_mode: str | None = None
@@ -188,11 +189,12 @@ class VideoSpec:
     """How a video becomes pictures, unless the request says otherwise.
 
     `strategy` `frames`: a picture of each second, at most `max_num_frames` in all, and with `stack_frames` above 1 a second one
-    of the frames until the next. `packed`: `sample_fps` frames a second, compressed together in packs of `stack_frames` (None:
-    as few as keep the packs below `max_num_frames`, and at most `max_packing`).
+    of the frames until the next. `strided`: the same, a second being as many frames as there are in one, rounded. `packed`:
+    `sample_fps` frames a second, compressed together in packs of `stack_frames` (None: as few as keep the packs below
+    `max_num_frames`, and at most `max_packing`).
     """
 
-    strategy: Literal["frames", "packed"] = "frames"
+    strategy: Literal["frames", "strided", "packed"] = "frames"
     max_num_frames: Side = 128
     stack_frames: Side | None = None
     max_slice_nums: Side = 1

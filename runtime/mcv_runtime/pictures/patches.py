@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,11 +62,11 @@ def patch_slice(picture: Image.Image, image: ImageSpec, longest: int = 0) -> Pat
     pixel_values = patchify(normalise(np.asarray(picture), image), image.patch_size)
     if image.positions == "strip":
         pixel_values = np.pad(pixel_values, ((0, max(longest - len(pixel_values), 0)), (0, 0)))
-        position_ids = bucket(len(pixel_values), image.position_table_side)
+        position_ids = bucket(stepped(len(pixel_values)), image.position_table_side)
     elif image.positions == "resized":
         position_ids = np.arange(rows * columns)
     else:
-        position_ids = bucketized_ids(rows, columns, image.position_table_side)
+        position_ids = grid_ids(rows, columns, image.position_table_side, divided if image.positions == "divided" else stepped)
     return PatchedSlice(
         rows=rows,
         columns=columns,
@@ -90,24 +91,43 @@ def patchify(image_CHW: NDArray[np.float32], patch_size: int) -> NDArray[np.floa
     return np.ascontiguousarray(blocks.transpose(1, 3, 0, 2, 4)).reshape(-1, channels * p * p)
 
 
-def bucketized_ids(rows: int, columns: int, table_side: int) -> NDArray[np.int64]:
+def grid_ids(rows: int, columns: int, table_side: int, coordinates: Callable[[int], NDArray[np.float32]]) -> NDArray[np.int64]:
     """Positions of a `rows` x `columns` slice in a square table: row-major, [rows * columns]."""
-    return (bucket(rows, table_side)[:, None] * table_side + bucket(columns, table_side)).reshape(-1)
+    down, across = (bucket(coordinates(count), table_side) for count in (rows, columns))
+    return (down[:, None] * table_side + across).reshape(-1)
 
 
-def bucket(count: int, table_side: int) -> NDArray[np.int64]:
-    """Bucket 0..table_side-1 of each of `count` fractional coordinates i / count.
+def bucket(coordinates: NDArray[np.float32], table_side: int) -> NDArray[np.int64]:
+    """The entry of a table that each fractional coordinate falls on: 0..table_side - 1.
 
-    Not floor(table_side * i / count): where that quotient is whole, the reference depends on how torch's CPU `arange`
-    rounds. It steps in blocks of 8 floats (AVX2), two blocks at a time: the block's start is rounded to float32 before the
-    offset is added in float64; the remainder is rounded once.
+    Not floor(table_side * coordinate): where that product is whole, the reference depends on how its coordinates and the
+    boundaries between entries were rounded.
     """
-    step = float(np.float32(1 / count))
+    step = 1 / table_side
+    boundaries = arange(step, step, math.ceil((1 - step) / step))
+    return np.searchsorted(boundaries, coordinates, side="right").astype(np.int64)
+
+
+def stepped(count: int) -> NDArray[np.float32]:
+    """The coordinates i / count of `count` patches as the resampler generation has them: `arange(0, 1 - 1e-6, 1 / count)`."""
+    return arange(0.0, float(np.float32(1 / count)), count)
+
+
+def divided(count: int) -> NDArray[np.float32]:
+    """The coordinates i / count of `count` patches as the merger generation has them: `arange(count) / count`."""
+    return np.arange(count, dtype=np.float32) / np.float32(count)
+
+
+def arange(start: float, step: float, count: int) -> NDArray[np.float32]:
+    """`count` numbers as torch's CPU `arange` rounds them.
+
+    It steps in blocks of 8 floats (AVX2), two blocks at a time: the block's start is rounded to float32 before the offset is
+    added in float64; the remainder is rounded once.
+    """
     index = np.arange(count)
     block = np.where(index < count // 16 * 16, index // 8 * 8, 0)
-    coordinates = ((block * step).astype(np.float32) + (index - block) * step).astype(np.float32)
-    boundaries = (np.arange(1, table_side) / table_side).astype(np.float32)
-    return np.searchsorted(boundaries, coordinates, side="right").astype(np.int64)
+    numbers: NDArray[np.float32] = ((start + block * step).astype(np.float32) + (index - block) * step).astype(np.float32)
+    return numbers
 
 
 def resize_weights(size: int, wanted: int) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
 """Turn a video into pictures, or into packs of frames that are compressed together.
 
-Sources: the published video processor of MiniCPM-V 4.6 in transformers (`frames`), and `encode_video` of the model card of
-MiniCPM-V 4.5 (`packed`).
+Sources: the published video processor of MiniCPM-V 4.6 in transformers (`frames`), and `encode_video` of the model cards of
+MiniCPM-V 2.6 (`strided`) and 4.5 (`packed`).
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def moments(
         raise OptionError(f"max_num_frames={most} and stack_frames={stacked} must be at least 1")
 
     def plan(total: int, fps: float) -> tuple[Units, Times]:
-        if spec.strategy == "frames":
-            return plan_frames(total, fps, total / fps, most, stacked or 1), []
+        if spec.strategy != "packed":
+            return plan_frames(total, fps, total / fps, most, stacked or 1, strided=spec.strategy == "strided"), []
         sample = isinstance(video.source, str | os.PathLike)
         return plan_packs(total, fps, spec, most, stacked, sample=sample)
 
@@ -86,7 +86,7 @@ def moments(
         units, times = plan(len(frames), video.fps)
         groups = ([open_picture(frames[index], max_pixels) for index in unit] for unit in units)
     for number, group in enumerate(groups):
-        yield Moment((tile(group),)) if spec.strategy == "frames" else Moment(tuple(group), times[number])
+        yield Moment((tile(group),)) if spec.strategy != "packed" else Moment(tuple(group), times[number])
 
 
 def plan_packs(total: int, fps: float, spec: VideoSpec, most: int, packing: int | None, *, sample: bool) -> tuple[Units, Times]:
@@ -114,10 +114,16 @@ def plan_packs(total: int, fps: float, spec: VideoSpec, most: int, packing: int 
     return [tuple(chosen[cut : cut + size]) for cut in cuts], [tuple(times[cut : cut + size]) for cut in cuts]
 
 
-def plan_frames(total: int, fps: float, duration: float, max_num_frames: int, stack_frames: int) -> Units:
+def plan_frames(
+    total: int, fps: float, duration: float, max_num_frames: int, stack_frames: int, *, strided: bool = False
+) -> Units:
     """Which frames make which picture: every second its first frame and, stacked, those between; evenly fewer if too long."""
     seconds = math.ceil(duration)
-    if duration > max_num_frames:
+    if strided:
+        every = range(0, total, max(round(fps), 1))
+        gap = len(every) / max_num_frames
+        main = [every[int(i * gap + gap / 2)] for i in range(max_num_frames)] if gap > 1 else list(every)
+    elif duration > max_num_frames:
         tenths = [min(int(round(i * 0.1, 1) * fps), total - 1) for i in range(int(duration / 0.1))]
         main = _thin(tenths, max_num_frames)
     else:
