@@ -69,3 +69,16 @@ class ResourceError(McvError, MemoryError):
 
 class RunError(McvError, RuntimeError):
     """ONNX Runtime failed while it ran a graph."""
+
+
+def printable(text: str) -> str:
+    """A stranger's text as it may be printed: control characters, which a terminal would obey, as their escapes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A stranger's value as it may stand in a message: printable, on one line, at most `limit` characters of it."""
+    if isinstance(value, str) and len(value) > limit:
+        return f"{printable(repr(value[:limit]))}..."
+    text = printable(repr(value))
+    return text if len(text) <= limit + 2 else f"{text[:limit]}..."
