@@ -96,7 +96,8 @@ class VisionEncoder:
             promised: dict[str, Future[Embeds]] = {}
             try:
                 for key in missing:
-                    known = self.cache.claim(key)
+                    tokens = sum(cell.tokens for cell in self._cells(key, wanted[key]))
+                    known = self.cache.claim(key, (tokens, self._hidden))
                     if known is None:
                         mine.append(key)
                     elif isinstance(known, Future):

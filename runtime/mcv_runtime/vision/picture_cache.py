@@ -49,10 +49,10 @@ class PictureCache:
             self._kept.clear()
             self._bytes = 0
 
-    def claim(self, key: str) -> Embeds | Future[Embeds] | None:
+    def claim(self, key: str, shape: tuple[int, int] | None = None) -> Embeds | Future[Embeds] | None:
         """What is known of a picture: its embeddings, another thread's promise of them, or None: now the caller must make it.
 
-        After None, the caller must `put` the key, or `release` it.
+        After None, the caller must `put` the key, or `release` it. `shape`: that the embeddings must have.
         """
         with self._lock:
             if key in self._kept:
@@ -62,7 +62,7 @@ class PictureCache:
                 return self._claimed[key]
             self._claimed[key] = Future()
         try:
-            found = None if self._store is None else self._store.get(key)
+            found = None if self._store is None else self._store.get(key, shape)
         except BaseException:  # no memory, Ctrl-C
             self.release([key])
             raise
