@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
-from mcv_runtime.errors import McvError
+from mcv_runtime.errors import McvError, printable
 
 USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 1
+_LONGEST = 2000
+"""Characters of a complaint: what it quotes may be a stranger's."""
 
 
 def run(app: typer.Typer, name: str, *, interrupted: str = "") -> NoReturn:
@@ -21,9 +26,10 @@ def run(app: typer.Typer, name: str, *, interrupted: str = "") -> NoReturn:
 
 
 def finish(work: Callable[[], int | None], name: str, *, interrupted: str = "") -> NoReturn:
-    """Do `work` for the command `name` and exit the process; `interrupted` is what to say after Ctrl-C."""
+    """Do `work` for the command `name` and exit the process; `interrupted` is what to say after Ctrl-C, SIGTERM or SIGHUP."""
     try:
-        code = work() or 0
+        with _ended_by_signals():
+            code = work() or 0
         if code == INTERRUPTED:  # typer returns this after Ctrl-C
             raise KeyboardInterrupt
         sys.stdout.flush()
@@ -33,12 +39,42 @@ def finish(work: Callable[[], int | None], name: str, *, interrupted: str = "") 
         code = _complain(f"{name}: {error.format_message()} See {name} --help.", USAGE)
     except (KeyboardInterrupt, typer.Abort):
         code = _complain(f"{name}: {interrupted}", INTERRUPTED) if interrupted else INTERRUPTED
+    except _EndedError as ended:
+        code = _complain(f"{name}: {interrupted or 'ended'}", ended.code)
     except BrokenPipeError:  # whoever read our output is gone; the interpreter must not try to flush the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = BROKEN_PIPE
     sys.exit(code)
 
 
+class _EndedError(SystemExit):
+    """A signal asked the process to end."""
+
+    code: int
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP unwind the stack, so that nothing is left behind; the exit code is 128 plus the signal."""
+
+    def end(number: int, _: object) -> None:
+        for each in taken:  # a second one must not cut short what the first has set off
+            signal.signal(each, signal.SIG_IGN)
+        raise _EndedError(128 + number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    known = (getattr(signal, name) for name in names if hasattr(signal, name))
+    taken = [each for each in known if signal.getsignal(each) == signal.SIG_DFL]  # nohup ignores one, and it stays so
+    for each in taken:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in taken:
+            signal.signal(each, signal.SIG_DFL)
+
+
 def _complain(line: str, code: int) -> int:
-    typer.echo(" ".join(line.split()), err=True)
+    line = printable(" ".join(line.split()))
+    typer.echo(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}...", err=True)
     return code
