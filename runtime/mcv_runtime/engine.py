@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Literal, Unpack
-
-import onnxruntime as ort
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from mcv_runtime.bundle import folder as bundles
 from mcv_runtime.bundle.folder import Bundle
@@ -36,6 +34,9 @@ from mcv_runtime.vision.encoder import VisionEncoder
 from mcv_runtime.vision.picture_cache import CACHE_DIR_MB, PICTURE_CACHE_MB, PictureCache, vision_identity
 from mcv_runtime.vision.picture_store import PictureStore
 from mcv_runtime.vision.slice_batches import VISION_MEMORY_MB, BatchSlices
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 REUSE_MB = 512
 """Memory for what earlier requests have read."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime as ort
 
 from mcv_runtime.bundle.manifest import CacheEntry
 from mcv_runtime.sessions.graphs import Session
@@ -145,6 +144,8 @@ class _Buffer:
     """A numpy array and the same memory as ONNX Runtime's value, which only borrows it: both live equally long."""
 
     def __init__(self, shape: Sequence[int], dtype: str) -> None:
+        import onnxruntime as ort
+
         self.array = np.zeros(shape, dtype)
         self.value = ort.OrtValue.ortvalue_from_numpy(self.array)
 

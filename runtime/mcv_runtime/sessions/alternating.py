@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
-
-import onnxruntime as ort
+from typing import TYPE_CHECKING, Any, Literal
 
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.sessions.graphs import GraphSessions, Session, SessionFactory
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 Side = Literal["vision", "decoder"]
 
