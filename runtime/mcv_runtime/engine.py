@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, Unpack
+from typing import TYPE_CHECKING, Literal, Self, Unpack
 
 import numpy as np
-import onnxruntime as ort
 
 from mcv_runtime.bundle import folder as bundles
 from mcv_runtime.bundle.folder import Bundle
@@ -44,6 +43,9 @@ from mcv_runtime.vision.encoder import VisionEncoder
 from mcv_runtime.vision.picture_cache import CACHE_DIR_MB, PictureCache, vision_identity
 from mcv_runtime.vision.picture_store import PictureStore
 from mcv_runtime.vision.slice_batches import BatchSlices
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 MAX_ROWS = 16
 """Rows that are decoded together: more made little more of two cores (12, 26 and 34 tokens a second at 1, 4 and 16)."""

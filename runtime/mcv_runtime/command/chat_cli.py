@@ -149,7 +149,10 @@ class TerminalChat:
 def chat_lines() -> Iterator[str]:
     """The lines that somebody types, with editing and history where there is readline; or those of a pipe."""
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        try:
+            yield from sys.stdin
+        except OSError as error:
+            raise OptionError(f"stdin cannot be read: {error.strerror}") from None
         return
     try:
         import readline

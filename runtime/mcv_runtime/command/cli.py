@@ -22,6 +22,7 @@ from mcv_runtime.command.batch_cli import BATCH_SIZE, answer_batch, check_batch,
 from mcv_runtime.command.batch_input import Defaults
 from mcv_runtime.command.chat_cli import TerminalChat, chat_lines
 from mcv_runtime.command.progress_bar import ProgressBar, print_answer
+from mcv_runtime.command.streams import is_closed
 from mcv_runtime.engine import load
 from mcv_runtime.errors import OptionError
 from mcv_runtime.pictures.images import MAX_PIXELS
@@ -92,6 +93,7 @@ def run(
         (batch is not None and bool(seen), "with --batch, every row names its own pictures; leave out --image and --video"),
         (batch is None and (out is not None or batch_size is not None), "--out and --batch-size need --batch"),
         (chat and several, "a conversation goes on from one answer; leave out --num-return-sequences"),
+        (batch is None and is_closed(sys.stdout), "stdout is closed, so that no answer can be given; leave it open"),
         (bool(options.logprobs) and batch is None and not as_json, "--logprobs needs --json or --batch, which show them"),
     )
     folder = _bundle(bundle)
@@ -208,8 +210,6 @@ def _peak_rss_mb() -> float | None:
 def main() -> None:
     """Entry point of `mcv-run`."""
     warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata and large pictures: the user has our own line
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     terminal.run(app, "mcv-run")
 
 

@@ -1,4 +1,4 @@
-"""How mcv's commands end: a known error is one line on stderr and its exit code, mostly 2, never a traceback."""
+"""How mcv's commands begin and end: a known error is one line on stderr and its exit code, mostly 2, never a traceback."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
+from mcv_runtime.command.streams import secure_streams
 from mcv_runtime.errors import McvError, printable
 
 USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 1
+_NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
+"""What ONNX Runtime and huggingface_hub ask when they are imported: before, a command has to set it."""
 _LONGEST = 2000
 """Characters of a complaint: what it quotes may be a stranger's."""
 
@@ -27,12 +30,14 @@ def run(app: typer.Typer, name: str, *, interrupted: str = "") -> NoReturn:
 
 def finish(work: Callable[[], int | None], name: str, *, interrupted: str = "") -> NoReturn:
     """Do `work` for the command `name` and exit the process; `interrupted` is what to say after Ctrl-C, SIGTERM or SIGHUP."""
+    secure_streams()
+    for variable in _NO_TELEMETRY:
+        os.environ.setdefault(variable, "1")
     try:
         with _ended_by_signals():
             code = work() or 0
         if code == INTERRUPTED:  # typer returns this after Ctrl-C
             raise KeyboardInterrupt
-        sys.stdout.flush()
     except McvError as error:
         code = _complain(f"{name}: {error}", error.exit_code)
     except TyperException as error:  # a command line that makes no sense
@@ -41,9 +46,13 @@ def finish(work: Callable[[], int | None], name: str, *, interrupted: str = "") 
         code = _complain(f"{name}: {interrupted}", INTERRUPTED) if interrupted else INTERRUPTED
     except _EndedError as ended:
         code = _complain(f"{name}: {interrupted or 'ended'}", ended.code)
-    except BrokenPipeError:  # whoever read our output is gone; the interpreter must not try to flush the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output is gone
         code = BROKEN_PIPE
+    except MemoryError:
+        code = _complain(f"{name}: there is not enough memory", USAGE)
+    except OSError as error:  # of a file that nobody has said more about
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        code = _complain(f"{name}: {where}{error.strerror or error}", USAGE)
     sys.exit(code)
 
 

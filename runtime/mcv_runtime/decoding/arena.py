@@ -13,7 +13,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
-import onnxruntime as ort
 
 from mcv_runtime.bundle.manifest import CacheEntry
 from mcv_runtime.errors import ResourceError
@@ -96,6 +95,8 @@ class HostArena:
         self._buffers = [[_Reserved(_shape(entry, slots, capacity), entry.dtype) for _ in _copies(entry)] for entry in entries]
 
     def binding(self, session: Session, first: int, end: int) -> Any:
+        import onnxruntime as ort
+
         if session is not self._session:  # another one was opened since
             self.unbind()
             self._session = session
@@ -275,6 +276,8 @@ class DeviceArena:
         return values
 
     def _new(self, entry: CacheEntry) -> Any:
+        import onnxruntime as ort
+
         shape = _shape(entry, 1, self.capacity)
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(entry.dtype).type, *self._device)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import onnxruntime as ort
+from typing import TYPE_CHECKING
 
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.sessions.graphs import GraphSessions, Session, SessionFactory
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 
 class AlternatingSessions(GraphSessions):

@@ -1,4 +1,7 @@
-"""Open ONNX Runtime sessions and feed them, changing nothing outside of them."""
+"""Open ONNX Runtime sessions and feed them, changing nothing outside of them.
+
+ONNX Runtime is imported when it is first needed: it asks then whether it may keep records of its use (README, "Embed it").
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
-import onnxruntime as ort
 
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName, TensorSpec
@@ -17,6 +19,7 @@ from mcv_runtime.errors import BundleCorruptError, McvError, OptionError, Resour
 from mcv_runtime.sessions.cores import default_threads
 
 if TYPE_CHECKING:
+    import onnxruntime as ort
     from numpy.typing import NDArray
 
 
@@ -30,7 +33,8 @@ class Session(Protocol):
     def run_with_iobinding(self, iobinding: Any) -> None: ...
 
 
-SessionFactory: TypeAlias = Callable[[Path, ort.SessionOptions], Session]
+SessionFactory: TypeAlias = "Callable[[Path, ort.SessionOptions], Session]"
+MOST_THREADS = 1024
 _QUIET = 3
 """ONNX Runtime's severity "error"."""
 
@@ -42,8 +46,10 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
     spin and more than workers that never do (22), and took no processor time when idle. Where other programs keep all cores
     busy, never is better (7.5 against 4): pass options with `session.intra_op.allow_spinning` = "0" there.
     """
-    if threads is not None and threads < 1:
-        raise OptionError(f"threads must be at least 1, not {threads}")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise OptionError(f"threads must be 1 to {MOST_THREADS:,}, not {threads}")
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = default_threads() if threads is None else threads
     options.inter_op_num_threads = 1
@@ -54,6 +60,8 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
 
 def cpu_session(path: Path, options: ort.SessionOptions) -> Session:
     """The default session factory."""
+    import onnxruntime as ort
+
     session: Session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return session
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-
 from mcv_runtime.errors import OptionError
 from mcv_runtime.sessions.graphs import Session, SessionFactory, cpu_session
 
@@ -20,6 +18,8 @@ def provider_session(provider: str = CPU) -> SessionFactory:
 
     Raises `OptionError` if the installed ONNX Runtime has no such provider, or when a session is opened and it does not start.
     """
+    import onnxruntime as ort
+
     wanted = provider.strip().lower()
     installed = {_short(name): name for name in ort.get_available_providers()}
     if wanted not in installed:

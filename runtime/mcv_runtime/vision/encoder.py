@@ -105,7 +105,8 @@ class VisionEncoder:
     ) -> dict[str, SlicedPicture]:
         """What is neither `found` nor in the cache, from which `found` is filled."""
         for key in wanted.keys() - found.keys():
-            if (known := self.cache.get(key, self._hidden)) is not None:
+            tokens = sum(cell.tokens for cell in self._cells(key, wanted[key]))
+            if (known := self.cache.get(key, (tokens, self._hidden))) is not None:
                 found[key] = known
                 report("pictures", len(found), len(wanted))
         return {key: picture for key, picture in wanted.items() if key not in found}

@@ -40,16 +40,14 @@ class PictureCache:
         self._alive.clear()
         self.nbytes = 0
 
-    def get(self, key: str, width: int) -> Embeds | None:
-        """The embeddings [visual tokens, `width`] of a picture, if they are known."""
+    def get(self, key: str, shape: tuple[int, int] | None = None) -> Embeds | None:
+        """The embeddings of a picture, if they are known, of the `shape` [visual tokens, hidden] that they must have."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         found = self._alive.get(key)
         if found is None and self._store is not None:
-            found = self._store.get(key)
-            if found is not None and found.shape[1] != width:
-                return None
+            found = self._store.get(key, shape)
         if found is not None:
             self._keep(key, found)
         return found
