@@ -145,15 +145,21 @@ def test_logits_are_kept_and_not_changed(grammars):
 def test_beams(grammars, tokenizer_json):
     """Four beams over the same random logits at every step: whole choices, best first, each once."""
     logits_V = np.random.default_rng(3).standard_normal(2000).astype(np.float32)
-    beams = beam_search(
+    searching = beam_search(
         logits_V,
-        lambda parents, tokens: np.stack([np.roll(logits_V, int(token)) for token in tokens]),
         num_beams=4,
         num_return_sequences=4,
         stop=frozenset({STOP}),
         limit=30,
         constraint=grammars.choices(CHOICES),
     )
+    beams = None
+    wanted = next(searching)
+    while beams is None:
+        try:
+            wanted = searching.send(np.stack([np.roll(logits_V, token) for token in wanted.tokens]))
+        except StopIteration as end:
+            beams = end.value
     tokenizer = TextTokenizer(tokenizer_json)
     texts = [tokenizer.decode([token for token in beam.tokens if token != STOP]) for beam in beams]
     assert set(texts) <= set(CHOICES)
