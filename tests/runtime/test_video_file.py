@@ -256,19 +256,19 @@ def test_whoever_waits_may_stop_it(clip, tmp_path):
             list(moments(Video(path), VideoSpec(), max_num_frames=None, stack_frames=None, check=check))
 
 
-def test_no_damaged_video_escapes_as_another_error(tmp_path):
-    dice = random.Random(20)
+@pytest.mark.fuzz
+def test_no_damaged_video_escapes_as_another_error(tmp_path, drawn_seed):
+    dice = random.Random(drawn_seed)
     seeds = [record(tmp_path / f"seed.{form}", greys(12)).read_bytes() for form in ("mp4", "mkv", "avi", "ts")]
-    read = 0
+    read, path = 0, tmp_path / "damaged.bin"
     for _ in range(120):
         data = bytearray(dice.choice(seeds))
         for _ in range(dice.choice((1, 2, 5, 20))):
-            data[dice.randrange(min(len(data), dice.choice((64, 512, 10**9))))] = dice.choice(
-                (0, 255, 127, dice.randrange(256))
-            )
-        (tmp_path / "damaged.bin").write_bytes(data[: dice.choice((len(data), dice.randrange(len(data))))])
+            place = dice.randrange(min(len(data), dice.choice((64, 512, 10**9))))
+            data[place] = dice.choice((0, 255, 127, dice.randrange(256)))
+        path.write_bytes(data[: dice.choice((len(data), dice.randrange(len(data))))])
         try:
-            read += len(seen(tmp_path / "damaged.bin", max_num_frames=16, max_pixels=100_000)) > 0
+            read += len(seen(path, max_num_frames=16, max_pixels=100_000)) > 0
         except McvError as error:
             assert "\n" not in str(error)
     assert 10 < read < 110

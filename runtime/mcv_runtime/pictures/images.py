@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -68,7 +67,10 @@ def open_picture(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Ima
 
 
 def picture_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | None:
-    """Upright (width, height) of what `open_picture` would give, from the header alone; None for a pipe, which is read once."""
+    """(width, height) of what `open_picture` would give, by the header alone; a Pillow image is not turned yet.
+
+    None for a pipe, which can be read only once.
+    """
     name = describe(source)
     with _one_line(name, max_pixels):
         if isinstance(source, Image.Image):
@@ -101,19 +103,16 @@ def _one_line(name: str, max_pixels: int) -> Iterator[None]:
 
 def open_local(path: str | os.PathLike[str], max_bytes: int | None = None) -> BinaryIO:
     """Open a picture's or video's file, which is a plain file on this machine; raises `ImageError`."""
-
-    def missing(_: str) -> ImageError:
-        if _ADDRESS.match(os.fspath(path)):
-            return ImageError(f"{describe(path)} is an address, not a file; download it first")
-        return ImageError(f"{describe(path)} cannot be read: {os.strerror(errno.ENOENT)}")
-
+    name = describe(path)
     try:
         os.stat(path)  # noqa: PTH116 - of any name
     except ValueError:  # a NUL, or half a character
-        raise ImageError(f"{describe(path)} cannot be read: it is no name of a file") from None
-    except OSError:
-        pass
-    return open_regular(path, error=ImageError, missing=missing, max_bytes=max_bytes)
+        raise ImageError(f"{name} cannot be read: it is no name of a file") from None
+    except OSError as error:
+        if _ADDRESS.match(os.fspath(path)):
+            raise ImageError(f"{name} is an address, not a file; download it first") from None
+        raise ImageError(f"{name} cannot be read: {error.strerror}") from None
+    return open_regular(path, error=ImageError, max_bytes=max_bytes)
 
 
 def _read(source: ImageSource, name: str, max_pixels: int) -> bytes:
