@@ -23,6 +23,7 @@ from mcv_runtime.progress import Event, Progress
 from mcv_runtime.request.answer import Answer, Completion, Timings
 from mcv_runtime.request.options import Options, PictureOptions
 from mcv_runtime.request.request import Request
+from mcv_runtime.text.grounding import Region, locate
 from mcv_runtime.text.prompts import Prompt
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "Progress",
     "Prompt",
     "PromptError",
+    "Region",
     "Request",
     "ResourceError",
     "RunError",
@@ -56,4 +58,5 @@ __all__ = [
     "Timings",
     "Video",
     "load",
+    "locate",
 ]

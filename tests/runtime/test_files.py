@@ -153,3 +153,8 @@ def test_strangers_values_in_messages() -> None:
     assert shown("a" * 1_000_000) == "'" + "a" * 80 + "'..."
     assert len(shown(["a"] * 10_000)) < 90
     assert shown("\u202eabc") == r"'\u202eabc'"
+
+
+def test_a_name_that_is_too_long_behind_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ImageError, match="is not there"):
+        open_regular(tmp_path / "none" / ("a" * 300), error=ImageError)

@@ -10,7 +10,7 @@ import mcv_runtime
 PUBLIC = {
     "Answer", "Bundle", "BundleCorruptError", "BundleError", "Chat", "ChatFileError", "CheckpointError", "Clip", "Completion",
     "Engine", "Event", "ImageError", "McvError", "OptionError", "Options", "OutputError", "Picture", "Progress", "Prompt",
-    "PromptError", "Request", "ResourceError", "RunError", "Timings", "Video", "load",
+    "PromptError", "Region", "Request", "ResourceError", "RunError", "Timings", "Video", "load", "locate",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -118,7 +119,7 @@ def run(
             answer = ticket.result()
         finally:
             bar.close()
-        print(json.dumps(report(answer), ensure_ascii=False))
+        print(json.dumps(report(answer, regions=bool(options.grounding)), ensure_ascii=False))
     else:
         for other in print_answer(ticket, bar).alternatives:
             print(other.text)
@@ -169,9 +170,10 @@ def _bundle(named: Path | None) -> Path:
     return bundles.DEFAULT
 
 
-def report(answer: Answer) -> dict[str, Any]:
-    """The object that `--json` prints."""
+def report(answer: Answer, *, regions: bool = False) -> dict[str, Any]:
+    """The object that `--json` prints; `regions`: with the places that the text names in the one picture."""
     timings = answer.timings
+    found = [asdict(region) for region in answer.regions()] if regions and len(answer.pictures) == 1 else None
     return {
         "text": answer.text,
         "tokens": answer.tokens,
@@ -195,6 +197,7 @@ def report(answer: Answer) -> dict[str, Any]:
         "reused_tokens": answer.reused_tokens,
         "drafted": answer.drafted,
         "accepted": answer.accepted,
+        **({} if found is None else {"regions": found}),
     }
 
 

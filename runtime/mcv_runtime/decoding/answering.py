@@ -26,6 +26,7 @@ from mcv_runtime.request.answer import Answer, Timings
 from mcv_runtime.request.options import Options, Settings
 from mcv_runtime.request.patience import Interrupted, Patience
 from mcv_runtime.request.preparation import Messages, Part, Preparer, shown
+from mcv_runtime.text.grounding import mark_ids
 from mcv_runtime.text.prompts import Message
 from mcv_runtime.text.tokens import TextTokenizer
 
@@ -157,11 +158,16 @@ class Answerer:
         return PartialCompletion(
             settings,
             self._tokenizer,
-            hidden=settings.stop_ids.union(self._manifest.text.dropped_ids),
+            hidden=settings.stop_ids.union(self._dropped(settings)),
             limit=limit,
             sampler=Sampler(sampling),
             constraint=constraint,
         )
+
+    def _dropped(self, settings: Settings) -> frozenset[int]:
+        """What the family removes from an answer; who asks for places sees their marks."""
+        dropped = frozenset(self._manifest.text.dropped_ids)
+        return dropped - mark_ids(self._tokenizer) if settings.grounding else dropped
 
     def _constraint(self, settings: Settings) -> Constraint | None:
         return None if settings.guide is None else self._grammars.constraint(*settings.guide)

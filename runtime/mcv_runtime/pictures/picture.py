@@ -81,11 +81,7 @@ def slice_picture(
     """Open a picture and cut it; only the slices, which have a bounded size, stay in memory."""
     picture = open_picture(source, max_pixels)
     mode = image.downsample_mode if downsample_mode is None else downsample_mode
-    if mode is not None and mode not in image.downsample:
-        known = ", ".join(image.downsample) or "no such choice"
-        raise OptionError(f"downsample_mode={mode!r}: this model has {known}")
-    unit = None if mode is None else image.downsample[mode].merge * image.patch_size
-    grid = adaptive_grid(picture.size, image, max_slice_nums, unit)
+    grid = picture_grid(picture.size, image, max_slice_nums=max_slice_nums, downsample_mode=mode)
     if max(width * height for width, height in grid.sizes) > MAX_STRETCH * image.scale_resolution**2:
         raise ImageError(f"{describe(source)} is too long and narrow ({picture.width} x {picture.height}); cut it into pieces")
     slices = tuple(cut(picture, grid))
@@ -93,6 +89,18 @@ def slice_picture(
     if upsize != "always":
         grid, slices = keep_small(picture, grid, slices, image, adaptive=upsize == "adaptive")
     return SlicedPicture(name=describe(source), size=picture.size, grid=grid, slices=slices, downsample_mode=mode)
+
+
+def picture_grid(
+    size: Size, image: ImageSpec, *, max_slice_nums: int | None = None, downsample_mode: str | None = None
+) -> SliceGrid:
+    """How a picture of `size` is cut, which says how many visual tokens it makes at most (small ones may be left smaller)."""
+    mode = image.downsample_mode if downsample_mode is None else downsample_mode
+    if mode is not None and mode not in image.downsample:
+        known = ", ".join(image.downsample) or "no such choice"
+        raise OptionError(f"downsample_mode={mode!r}: this model has {known}")
+    unit = None if mode is None else image.downsample[mode].merge * image.patch_size
+    return adaptive_grid(size, image, max_slice_nums, unit)
 
 
 def pack(frames: Sequence[SlicedPicture], times: tuple[int, ...]) -> SlicedPicture:

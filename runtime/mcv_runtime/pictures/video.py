@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -19,10 +18,11 @@ from PIL import Image
 from mcv_runtime.bundle.manifest import VideoSpec
 from mcv_runtime.errors import ImageError, OptionError
 from mcv_runtime.pictures import video_file
-from mcv_runtime.pictures.images import MAX_PIXELS, ImageSource, open_picture
-from mcv_runtime.pictures.video_file import Units
+from mcv_runtime.pictures.formats import check_size
+from mcv_runtime.pictures.images import MAX_PIXELS, ImageSource, describe, open_picture, picture_size
+from mcv_runtime.pictures.slicing import Size
+from mcv_runtime.pictures.video_file import MAX_SECONDS, Units
 
-Number = TypeVar("Number", int, float)
 Times: TypeAlias = list[tuple[int, ...]]
 
 _LINE = 6
@@ -31,6 +31,8 @@ TIME_STEP = 0.1
 """Seconds."""
 MAX_PACK = 6
 """Frames that a temporal resampler was trained to take at once."""
+MAX_NUM_FRAMES, MAX_STACK_FRAMES = 16_384, 64
+"""The most that a request may ask for: more than a context holds, and than can be seen on one picture."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,15 +44,19 @@ class Video:
     """Of a list of frames; a file has its own."""
 
     def __post_init__(self) -> None:
-        if not self.fps > 0:
+        if not 0 < self.fps < math.inf:
             raise OptionError(f"fps must be above 0, not {self.fps}")
-        if not isinstance(self.source, str | os.PathLike) and not len(self.source):
+        if isinstance(self.source, str | os.PathLike):
+            return
+        if not len(self.source):
             raise ImageError("the video has no frames")
+        if len(self.source) / self.fps > MAX_SECONDS:
+            raise OptionError(f"fps={self.fps} makes a video of more than {MAX_SECONDS / 3600:.0f} hours; give a higher one")
 
     @property
     def name(self) -> str:
         is_file = isinstance(self.source, str | os.PathLike)
-        return str(self.source) if is_file else f"a video of {len(self.source)} frames"  # type: ignore[arg-type]
+        return describe(self.source) if is_file else f"a video of {len(self.source)} frames"  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,32 +67,55 @@ class Moment:
     times: tuple[int, ...] = ()
 
 
-def moments(
-    video: Video, spec: VideoSpec, *, max_num_frames: int | None, stack_frames: int | None, max_pixels: int = MAX_PIXELS
-) -> Iterator[Moment]:
-    """What stands for a video, in order; frames are dropped as soon as they were used."""
+@dataclass(frozen=True, slots=True)
+class VideoPlan:
+    """Which frames of a video are taken, known before any is decoded."""
+
+    video: Video
+    spec: VideoSpec
+    units: Units
+    """The frames of each picture, or of each pack."""
+    times: Times
+    """Of each pack's frames; empty where a model does not ask."""
+    size: Size | None
+    """(width, height) of one frame, perhaps turned still; None where only reading it would tell."""
+
+    def moments(self, *, max_pixels: int = MAX_PIXELS, check: Callable[[], None] | None = None) -> Iterator[Moment]:
+        """The frames, in order, dropped as soon as they were used; `check` is called between frames, and may raise."""
+        source = self.video.source
+        groups: Iterator[list[Image.Image]]
+        if isinstance(source, str | os.PathLike):
+            groups = video_file.decode(source, self.units, max_pixels, check)
+        else:
+            groups = ([open_picture(source[index], max_pixels) for index in unit] for unit in self.units)
+        for number, group in enumerate(groups):
+            if check is not None:
+                check()
+            whole = self.spec.strategy != "packed"
+            yield Moment((tile(group, max_pixels),)) if whole else Moment(tuple(group), self.times[number])
+
+
+def plan_video(
+    video: Video,
+    spec: VideoSpec,
+    *,
+    max_num_frames: int | None = None,
+    stack_frames: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    check: Callable[[], None] | None = None,
+) -> VideoPlan:
+    """Choose a video's frames by their number and rate; a file is looked at, but not decoded."""
     most = spec.max_num_frames if max_num_frames is None else max_num_frames
     stacked = spec.stack_frames if stack_frames is None else stack_frames
-    if most < 1 or (stacked is not None and stacked < 1):
-        raise OptionError(f"max_num_frames={most} and stack_frames={stacked} must be at least 1")
-
-    def plan(total: int, fps: float) -> tuple[Units, Times]:
-        if spec.strategy != "packed":
-            return plan_frames(total, fps, total / fps, most, stacked or 1, strided=spec.strategy == "strided"), []
-        sample = isinstance(video.source, str | os.PathLike)
-        return plan_packs(total, fps, spec, most, stacked, sample=sample)
-
-    groups: Iterator[list[Image.Image]]
+    if not 1 <= most <= MAX_NUM_FRAMES:
+        raise OptionError(f"max_num_frames={most} is not in 1..{MAX_NUM_FRAMES}")
+    if stacked is not None and not 1 <= stacked <= MAX_STACK_FRAMES:
+        raise OptionError(f"stack_frames={stacked} is not in 1..{MAX_STACK_FRAMES}")
+    size: Size | None
     if isinstance(video.source, str | os.PathLike):
-        path = Path(video.source)
-        units, times = plan(*video_file.probe(path))
-        groups = video_file.decode(path, units)
+        facts = video_file.inspect(video.source, max_pixels, check)
+        total, fps, size = facts.frames, facts.fps, facts.size
     else:
-        frames = video.source
-        units, times = plan(len(frames), video.fps)
-        groups = ([open_picture(frames[index], max_pixels) for index in unit] for unit in units)
-    for number, group in enumerate(groups):
-        yield Moment((tile(group),)) if spec.strategy != "packed" else Moment(tuple(group), times[number])
 
 
 def plan_packs(total: int, fps: float, spec: VideoSpec, most: int, packing: int | None, *, sample: bool) -> tuple[Units, Times]:
@@ -107,9 +136,11 @@ def plan_packs(total: int, fps: float, spec: VideoSpec, most: int, packing: int 
     count = max(min(count, total), 1)
     gap = total / count
     chosen = [int(i * gap + gap / 2) for i in range(count)] if count < total else list(range(total))
-    steps = np.arange(0, duration, TIME_STEP)
-    nearest = np.abs(np.array(chosen)[:, None] / fps - steps).argmin(1)
-    times = (steps[nearest] / TIME_STEP).astype(np.int32).tolist()  # truncated, as published
+    steps, moments = np.arange(0, duration, TIME_STEP), np.array(chosen) / fps
+    upper = np.searchsorted(steps[:-1], moments)
+    lower = np.maximum(upper - 1, 0)
+    nearest = steps[np.where(moments - steps[lower] <= steps[upper] - moments, lower, upper)]
+    times = (nearest / TIME_STEP).astype(np.int32).tolist()  # truncated, as published
     cuts = range(0, count, size)
     return [tuple(chosen[cut : cut + size]) for cut in cuts], [tuple(times[cut : cut + size]) for cut in cuts]
 
@@ -118,21 +149,17 @@ def plan_frames(
     total: int, fps: float, duration: float, max_num_frames: int, stack_frames: int, *, strided: bool = False
 ) -> Units:
     """Which frames make which picture: every second its first frame and, stacked, those between; evenly fewer if too long."""
-    seconds = math.ceil(duration)
-    if strided:
-        every = range(0, total, max(round(fps), 1))
-        gap = len(every) / max_num_frames
-        main = [every[int(i * gap + gap / 2)] for i in range(max_num_frames)] if gap > 1 else list(every)
-    elif duration > max_num_frames:
-        tenths = [min(int(round(i * 0.1, 1) * fps), total - 1) for i in range(int(duration / 0.1))]
-        main = _thin(tenths, max_num_frames)
+    seconds, parts = math.ceil(duration), stack_frames - 1
+    if duration > max_num_frames:
+        tenths = _spread(int(duration / 0.1), max_num_frames)
+        main = [min(int(round(tenth * 0.1, 1) * fps), total - 1) for tenth in tenths]
     else:
         main = [min(int(second * fps), total - 1) for second in range(seconds)]
-    between = [second + part / stack_frames for second in range(seconds) for part in range(1, stack_frames)]
-    moments = _thin([moment for moment in between if moment < duration], max_num_frames * (stack_frames - 1))
+    inside = sum(seconds - 1 + part / stack_frames < duration for part in range(1, stack_frames))  # of the last second
     stacked: dict[int, list[int]] = {}
-    for moment in moments:
-        stacked.setdefault(int(moment), []).append(min(int(moment * fps), total - 1))
+    for number in _spread((seconds - 1) * parts + inside, max_num_frames * parts):
+        second, part = divmod(number, parts)
+        stacked.setdefault(second, []).append(min(int((second + (part + 1) / stack_frames) * fps), total - 1))
     units: Units = []
     for position, frame in enumerate(main):
         units.append((frame,))
@@ -142,7 +169,7 @@ def plan_frames(
     return units
 
 
-def tile(frames: Sequence[Image.Image]) -> Image.Image:
+def tile(frames: Sequence[Image.Image], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Frames of one size on one picture, as near to a square as two or three allow, black lines between them."""
     if len(frames) == 1:
         return frames[0]
@@ -150,7 +177,9 @@ def tile(frames: Sequence[Image.Image]) -> Image.Image:
     if any(frame.size != (width, height) for frame in frames):
         raise ImageError("the frames of a video differ in size, so they cannot be stacked")
     rows, columns = _tiling(len(frames), width, height)
-    canvas = Image.new("RGB", _canvas_size(rows, columns, width, height))
+    size = _canvas_size(rows, columns, width, height)
+    check_size(size, f"the picture of {len(frames)} stacked frames", max_pixels)
+    canvas = Image.new("RGB", size)
     for index, frame in enumerate(frames):
         row, column = divmod(index, columns)
         canvas.paste(frame, (column * (width + _LINE), row * (height + _LINE)))
@@ -178,5 +207,6 @@ def _canvas_size(rows: int, columns: int, width: int, height: int) -> tuple[int,
     return columns * (width + _LINE) - _LINE, rows * (height + _LINE) - _LINE
 
 
-def _thin(items: list[Number], most: int) -> list[Number]:
-    return items if len(items) <= most else [items[i] for i in np.linspace(0, len(items) - 1, most, dtype=int)]
+def _spread(count: int, most: int) -> Sequence[int]:
+    """The numbers below `count`, or `most` of them, evenly."""
+    return range(count) if count <= most else [int(number) for number in np.linspace(0, count - 1, most, dtype=int)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mcv_runtime.errors import OptionError
 from mcv_runtime.pictures.picture import Picture
+from mcv_runtime.text.grounding import Region, find_regions
 
 StopReason = Literal["stop", "length", "timeout", "cancelled"]
 Phase = Literal["preprocess", "vision", "prefill", "decode"]
@@ -57,6 +59,16 @@ class Answer(Completion):
     """Of these, right ones."""
     alternatives: tuple[Completion, ...] = ()
     """With num_return_sequences: the other completions."""
+
+    def regions(self, picture: int | None = None) -> tuple[Region, ...]:
+        """The places that the text names, in pixels of the upright picture; `picture` says which of several, from 0."""
+        if picture is None and len(self.pictures) == 1:
+            picture = 0
+        if picture is None or not 0 <= picture < len(self.pictures):
+            raise OptionError(
+                f"the answer is about {len(self.pictures)} pictures; say which one, for example regions(picture=0)"
+            )
+        return find_regions(self.text, self.pictures[picture].size)
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -66,6 +66,7 @@ class Options(PictureOptions):
 
     use_image_id: bool | None = _option("Number the pictures in the prompt.", PICTURES)
     thinking: bool | None = _option("Let the model think first, if it knows how.", ASKING)
+    grounding: bool | None = _option("Take <ref>, <box>, <quad> and <point> in a prompt for the model's own marks.", ASKING)
     temperature: float | None = _option("Draw tokens, the more freely the higher; else the likeliest.", TOKENS, "--temp")
     top_k: int | None = _option("Draw from so many likeliest tokens.", TOKENS)
     top_p: float | None = _option("Draw from the likeliest tokens that make up this probability.", TOKENS)
@@ -112,6 +113,7 @@ class Keywords(PictureKeywords, total=False):
 
     use_image_id: bool | None
     thinking: bool | None
+    grounding: bool | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -152,6 +154,7 @@ class Settings:
     num_return_sequences: int
     prompt_lookup: bool
     logprobs: bool
+    grounding: bool
     guide: tuple[GrammarKind, Any] | None
     """The kind of constraint and what it is."""
     timeout: float | None
@@ -217,6 +220,7 @@ class Settings:
             num_return_sequences=given.get("num_return_sequences", 1),
             prompt_lookup=given.get("prompt_lookup", False),
             logprobs=given.get("logprobs", False),
+            grounding=given.get("grounding", False),
             guide=guides[0] if guides else None,
             timeout=given.get("timeout"),
             prefill_chunk=given.get("prefill_chunk", _PREFILL_CHUNK),

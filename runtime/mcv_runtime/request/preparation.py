@@ -14,7 +14,7 @@ from mcv_runtime.errors import OptionError, PromptError
 from mcv_runtime.pictures.images import ImageSource
 from mcv_runtime.pictures.picture import Clip, Picture, SlicedPicture, pack, slice_picture
 from mcv_runtime.pictures.slicing import ClipGrid, SliceGrid
-from mcv_runtime.pictures.video import Video, moments
+from mcv_runtime.pictures.video import Video, plan_video
 from mcv_runtime.request.options import Options, PictureOptions
 from mcv_runtime.text.prompts import Message, Prompt, PromptBuilder
 
@@ -43,13 +43,16 @@ class Preparer:
             ready: list[str | Part] = []
             for part in parts:
                 check()
-                ready.append(part if isinstance(part, str | SlicedPicture | Picture | Clip) else self.cut(part, options))
+                known = isinstance(part, str | SlicedPicture | Picture | Clip)
+                ready.append(part if known else self.cut(part, options, check))
             result.append(Message(message["role"], tuple(ready)))
         return result
 
-    def cut(self, source: ImageSource | Video, options: PictureOptions) -> SlicedPicture | Clip:
+    def cut(
+        self, source: ImageSource | Video, options: PictureOptions, check: Callable[[], None] = lambda: None
+    ) -> SlicedPicture | Clip:
         """One picture or video."""
-        return self.clip(source, options) if isinstance(source, Video) else self.slice(source, options)
+        return self.clip(source, options, check) if isinstance(source, Video) else self.slice(source, options)
 
     def slice(self, source: ImageSource, options: PictureOptions) -> SlicedPicture:
         """One picture, cut into slices."""
@@ -62,13 +65,16 @@ class Preparer:
             small_image_upsize=options.small_image_upsize,
         )
 
-    def clip(self, video: Video, options: PictureOptions) -> Clip:
-        """One video as pictures."""
+    def clip(self, video: Video, options: PictureOptions, check: Callable[[], None] = lambda: None) -> Clip:
+        """One video as pictures; what `check` raises between its frames ends that."""
         spec = self._manifest.video
         if spec is None:
             raise OptionError("this model takes pictures, but no videos")
         limits = options.max_num_frames, options.stack_frames
-        shown = moments(video, spec, max_num_frames=limits[0], stack_frames=limits[1], max_pixels=self._max_pixels)
+        plan = plan_video(
+            video, spec, max_num_frames=limits[0], stack_frames=limits[1], max_pixels=self._max_pixels, check=check
+        )
+        shown = plan.moments(max_pixels=self._max_pixels, check=check)
         if options.max_slice_nums is None:
             options = replace(options, max_slice_nums=spec.max_slice_nums)
         packs = (pack([self.slice(frame, options) for frame in moment.frames], moment.times) for moment in shown)
@@ -79,8 +85,13 @@ class Preparer:
         grids: list[Message[SliceGrid | ClipGrid]] = [
             Message(m.role, tuple(part if isinstance(part, str) else _grid(part) for part in m.parts)) for m in messages
         ]
-        thinking = bool(options.thinking)
-        return self._prompts.build(grids, use_image_id=options.use_image_id, thinking=thinking, answering=answering)
+        return self._prompts.build(
+            grids,
+            use_image_id=options.use_image_id,
+            thinking=bool(options.thinking),
+            grounding=bool(options.grounding),
+            answering=answering,
+        )
 
     def stops(self, prompt: Prompt, messages: Sequence[Message[Part]], options: Options) -> list[int]:
         """Lengths of a prompt that later requests are likely to come back to, its end the last.

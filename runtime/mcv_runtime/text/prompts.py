@@ -20,6 +20,7 @@ from mcv_runtime.bundle.manifest import PlaceholderSpec, TextSpec
 from mcv_runtime.errors import BundleCorruptError, OptionError, PromptError
 from mcv_runtime.pictures.slicing import ClipGrid, SliceGrid
 from mcv_runtime.text.canvas_positions import Crop, Markers, canvas_positions
+from mcv_runtime.text.grounding import MARKS, knows_marks
 from mcv_runtime.text.tokens import TextTokenizer
 
 if TYPE_CHECKING:
@@ -103,18 +104,23 @@ class PromptBuilder:
         *,
         use_image_id: bool | None = None,
         thinking: bool = False,
+        grounding: bool = False,
         answering: bool = True,
     ) -> Prompt:
         """The prompt for `messages`, whose pictures and videos are given as their slice grids.
 
+        `grounding`: the marks of places (`<ref>`, `<box>` and the like) are the model's own, not text.
         `answering`: up to where the assistant answers; else the messages alone.
         """
+        if grounding and not knows_marks(self.tokenizer):
+            raise OptionError("this model has no marks for places in a picture; leave grounding out")
         if not messages or not messages[-1].text.strip():
             raise PromptError("the prompt is empty")
         # A lone surrogate (from a command line or JSON) has no UTF-8 form.
         messages = [Message(m.role, tuple(_mend(p) if isinstance(p, str) else p for p in m.parts)) for m in messages]
         guard, mark = _unused_characters("".join(message.text for message in messages))
-        guarded = [self._content(message, guard, mark) for message in messages]
+        kept = MARKS if grounding else frozenset()
+        guarded = [self._content(message, guard, mark, kept) for message in messages]
         rendered = self.template.render(guarded, thinking=thinking, answering=answering)
         visuals = [visual for message in messages for visual in message.pictures]
         between = rendered.split(mark)
@@ -131,15 +137,15 @@ class PromptBuilder:
             self._canvas(ids, starts, visuals) if self.text.positions == "canvas" else None,
         )
 
-    def _content(self, message: Message[SliceGrid | ClipGrid], guard: str, mark: str) -> dict[str, str]:
-        parts = (self._guarded(part, message.role, guard) if isinstance(part, str) else mark for part in message.parts)
+    def _content(self, message: Message[SliceGrid | ClipGrid], guard: str, mark: str, kept: frozenset[str]) -> dict[str, str]:
+        parts = (self._guarded(part, message.role, guard, kept) if isinstance(part, str) else mark for part in message.parts)
         return {"role": message.role, "content": self.text.part_separator.join(parts)}
 
-    def _guarded(self, text: str, role: Role, guard: str) -> str:
+    def _guarded(self, text: str, role: Role, guard: str, kept: frozenset[str]) -> str:
         if role == "assistant" and self.template.can_think:  # the template removes earlier thoughts, if it can see them
             pieces = _THOUGHT_MARKS.split(text)
-            return "".join(piece if i % 2 else self.tokenizer.guard_text(piece, guard) for i, piece in enumerate(pieces))
-        return self.tokenizer.guard_text(text, guard)
+            return "".join(piece if i % 2 else self.tokenizer.guard_text(piece, guard, kept) for i, piece in enumerate(pieces))
+        return self.tokenizer.guard_text(text, guard, kept)
 
     def _expanded(self, visuals: Sequence[SliceGrid | ClipGrid], use_image_id: bool | None) -> list[str]:
         """Placeholder text of each picture and video; pictures are numbered by default, videos on demand."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 
@@ -41,8 +41,18 @@ class TextTokenizer:
             raise BundleCorruptError(f"the manifest names the token {token!r}, which the tokenizer does not have")
         return int(number)
 
-    def guard_text(self, text: str, guard: str) -> str:
-        """`text` with `guard` inside every look-alike of a control token, overlapping ones included."""
+    def is_control(self, token: str) -> bool:
+        """Whether there is a control token of that name."""
+        return token in self._control
+
+    def guard_text(self, text: str, guard: str, kept: Collection[str] = ()) -> str:
+        """`text` with `guard` inside every look-alike of a control token, overlapping ones included; `kept` ones count.
+
+        A guard stands on both sides of those, so that no other token can reach into them.
+        """
+        if kept:
+            pieces = re.split(f"({'|'.join(map(re.escape, kept))})", text)
+            return guard.join(piece if i % 2 else self.guard_text(piece, guard) for i, piece in enumerate(pieces))
         return self._look_alike.sub(lambda match: match[1] + guard, text)
 
     def encode(self, text: str, guard: str | None = None) -> list[int]:
@@ -56,11 +66,12 @@ class TextTokenizer:
             if i % 2:
                 ids.append(self._control[piece]["id"])
                 continue
+            piece = piece.replace(guard, "")
             if i and self._control[pieces[i - 1]]["rstrip"]:
                 piece = piece.lstrip()
             if i + 1 < len(pieces) and self._control[pieces[i + 1]]["lstrip"]:
                 piece = piece.rstrip()
-            ids += self._blind.encode(piece.replace(guard, ""), add_special_tokens=False).ids
+            ids += self._blind.encode(piece, add_special_tokens=False).ids
         return ids + after
 
     def decode(self, ids: Sequence[int]) -> str:

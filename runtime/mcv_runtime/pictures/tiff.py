@@ -1,0 +1,133 @@
+"""Which of a TIFF file's pictures is meant, and a directory of it that holds nothing but what its pixels need."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mcv_runtime.errors import ImageError
+from mcv_runtime.pictures.metadata import Bare, orientation
+
+_KIND, _OLD_KIND, _WIDTH, _HEIGHT, _PHOTOMETRIC, _ORIENTATION, _SUB = 254, 255, 256, 257, 262, 274, 330
+_TILE_WIDTH, _TILE_HEIGHT, _XMP = 322, 323, 700
+_PIXEL_TAGS = frozenset(
+    {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332}
+    | {334, 338, 339, 347, *range(512, 522), 529, 530, 531, 532}
+)
+"""Sizes, samples, compression, where strips and tiles are, and colours: TIFF 6.0, and what JPEG in TIFF adds."""
+_RAW = (32803, 34892)
+"""Photometric interpretations of cameras' sensors: colour filter array and linear raw (DNG specification)."""
+_REDUCED, _MASK = 1, 4
+_MOST_PAGES = 64
+_MOST_ENTRIES = 4096
+_SIZES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
+"""Types of whole numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Directory:
+    """What one picture's directory says."""
+
+    entries: dict[int, bytes]
+    """By tag: all of the entry as it is in the file."""
+    numbers: dict[int, tuple[int, ...]]
+    """By tag, where the entry is of whole numbers."""
+    following: int
+
+    def number(self, tag: int, default: int = 0) -> int:
+        return self.numbers.get(tag, (default,))[0]
+
+    @property
+    def is_picture(self) -> bool:
+        """Not a thumbnail or a mask of another one."""
+        return not self.number(_KIND) & (_REDUCED | _MASK) and self.number(_OLD_KIND) != 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How numbers are written: in the classic form, or in the one for large files."""
+
+    data: bytes
+    order: str
+    big: bool
+
+    def unpack(self, form: str, position: int) -> tuple[int, ...]:
+        return struct.unpack_from(self.order + form, self.data, position)
+
+    def directory(self, position: int) -> _Directory:
+        width, count_form, entry_form, offset_form = (20, "Q", "HHQ", "Q") if self.big else (12, "H", "HHI", "I")
+        (count,) = self.unpack(count_form, position)
+        if count > _MOST_ENTRIES:
+            raise struct.error
+        start = position + struct.calcsize(self.order + count_form)
+        entries, numbers = {}, {}
+        for place in range(start, start + width * count, width):
+            tag, kind, many = self.unpack(entry_form, place)
+            entries[tag] = self.data[place : place + width]
+            if kind in _SIZES and 1 <= many <= _MOST_PAGES:
+                form = f"{many}{_SIZES[kind]}"
+                value = place + width - struct.calcsize(offset_form)
+                inline = struct.calcsize(self.order + form) <= struct.calcsize(offset_form)
+                numbers[tag] = self.unpack(form, value if inline else self.unpack(offset_form, value)[0])
+            elif tag == _XMP and many < len(self.data):
+                (value,) = self.unpack(offset_form, place + width - struct.calcsize(offset_form))
+                entries[tag] = self.data[value : value + many]
+        return _Directory(entries, numbers, self.unpack(offset_form, start + width * count)[0])
+
+    def rewritten(self, directory: _Directory) -> bytes:
+        """The file with that directory alone, as far as it is about pixels, at the end."""
+        kept = [entry for tag, entry in sorted(directory.entries.items()) if tag in _PIXEL_TAGS]
+        padding = -len(self.data) % 8
+        place = struct.pack(self.order + ("Q" if self.big else "I"), len(self.data) + padding)
+        count = struct.pack(self.order + ("Q" if self.big else "H"), len(kept))
+        head = self.data[:8] + place if self.big else self.data[:4] + place
+        return b"".join([head, self.data[len(head) :], bytes(padding), count, *kept, bytes(8)])
+
+
+def bare_tiff(data: bytes, name: str, max_pixels: int) -> Bare:
+    """The first picture that is no thumbnail. Raw photographs are refused: only their thumbnail could be read."""
+    try:
+        layout = _Layout(data, "<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+"))
+        pages, inner = _directories(layout)
+    except (struct.error, OverflowError):
+        raise ImageError(f"{name} cannot be decoded: the TIFF file is cut off or damaged") from None
+    if data[8:10] == b"CR" or any(page.number(_PHOTOMETRIC) in _RAW for page in (*pages, *inner)):
+        raise ImageError(f"{name} is a camera's raw photo, which is not supported; save it as JPEG, PNG or TIFF")
+    whole = [page for page in pages if page.is_picture]
+    # cameras keep the photo behind its thumbnail; a file of thumbnails alone is read as what it is
+    chosen = next(iter((*whole, *(page for page in inner if page.is_picture))), pages[0])
+    if chosen.number(_TILE_WIDTH) * chosen.number(_TILE_HEIGHT) > max(max_pixels, 1 << 20):
+        raise ImageError(f"{name} is too large: one of its tiles alone has more than {max_pixels:,} pixels")
+    turned = chosen.number(_ORIENTATION)
+    if turned not in range(1, 9):
+        turned = orientation(b"", chosen.entries.get(_XMP, b""))
+    return Bare(layout.rewritten(chosen), turned, "pages" if len(whole) > 1 else "")
+
+
+def _directories(layout: _Layout) -> tuple[list[_Directory], list[_Directory]]:
+    """The pages, and the pictures inside pages (cameras put the photo there)."""
+    (first,) = layout.unpack("Q", 8) if layout.big else layout.unpack("I", 4)
+    pages = [layout.directory(first)]
+    pages += _following(layout, pages[0].following, {first})
+    offsets = [offset for page in pages for offset in page.numbers.get(_SUB, ())][:_MOST_PAGES]
+    return pages, [directory for offset in offsets for directory in _inner(layout, offset)]
+
+
+def _following(layout: _Layout, offset: int, seen: set[int]) -> Iterator[_Directory]:
+    """A damaged directory ends the chain: the first is what counts."""
+    while offset and offset not in seen and len(seen) < _MOST_PAGES:
+        seen.add(offset)
+        try:
+            page = layout.directory(offset)
+        except struct.error:
+            return
+        yield page
+        offset = page.following
+
+
+def _inner(layout: _Layout, offset: int) -> Iterator[_Directory]:
+    try:
+        yield layout.directory(offset)
+    except struct.error:
+        return
