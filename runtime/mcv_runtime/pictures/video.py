@@ -116,6 +116,26 @@ def plan_video(
         facts = video_file.inspect(video.source, max_pixels, check)
         total, fps, size = facts.frames, facts.fps, facts.size
     else:
+        total, fps, size = len(video.source), video.fps, picture_size(video.source[0], max_pixels)
+    if spec.strategy != "packed":
+        strided = spec.strategy == "strided"
+        return VideoPlan(video, spec, plan_frames(total, fps, total / fps, most, stacked or 1, strided=strided), [], size)
+    sample = isinstance(video.source, str | os.PathLike)
+    return VideoPlan(video, spec, *plan_packs(total, fps, spec, most, stacked, sample=sample), size)
+
+
+def moments(
+    video: Video,
+    spec: VideoSpec,
+    *,
+    max_num_frames: int | None,
+    stack_frames: int | None,
+    max_pixels: int = MAX_PIXELS,
+    check: Callable[[], None] | None = None,
+) -> Iterator[Moment]:
+    """What stands for a video, in order; frames are dropped as soon as they were used."""
+    limits = {"max_num_frames": max_num_frames, "stack_frames": stack_frames}
+    yield from plan_video(video, spec, **limits, max_pixels=max_pixels, check=check).moments(max_pixels=max_pixels, check=check)
 
 
 def plan_packs(total: int, fps: float, spec: VideoSpec, most: int, packing: int | None, *, sample: bool) -> tuple[Units, Times]:
@@ -150,7 +170,11 @@ def plan_frames(
 ) -> Units:
     """Which frames make which picture: every second its first frame and, stacked, those between; evenly fewer if too long."""
     seconds, parts = math.ceil(duration), stack_frames - 1
-    if duration > max_num_frames:
+    if strided:
+        every = range(0, total, max(round(fps), 1))
+        gap = len(every) / max_num_frames
+        main = [every[int(i * gap + gap / 2)] for i in range(max_num_frames)] if gap > 1 else list(every)
+    elif duration > max_num_frames:
         tenths = _spread(int(duration / 0.1), max_num_frames)
         main = [min(int(round(tenth * 0.1, 1) * fps), total - 1) for tenth in tenths]
     else:
