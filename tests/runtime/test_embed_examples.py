@@ -1,5 +1,6 @@
 """The README's examples run as they stand, on the model that ships, and print what their comments say."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -37,12 +38,13 @@ def session():
 def test_there_is_one_for_every_feature():
     for word in (
         "stream", "temperature", "num_beams", "num_return_sequences", "stop=", "timeout", "cancel", "logprobs", "prompt_lookup",
-        "json_schema", "choices", "chat(", "fork", "save", "load_chat", "batch", "encode_image", "encode_video", "progress",
+        "json_schema", "choices", "Options(", "submit", "await", "info()", "memory()",
+        "chat(", "fork", "save", "load_chat", "batch", "encode_image", "encode_video", "progress",
         "SessionOptions", "session_factory",
     ):  # fmt: skip
         assert any(word in block for block in BLOCKS), word
     assert set(re.findall(r"^from mcv_runtime import (.*)$", "".join(BLOCKS), re.MULTILINE)) == {
-        "load", "Request, Video", "McvError"
+        "load", "Request, Video", "McvError", "Options"
     }  # fmt: skip
 
 
@@ -61,7 +63,11 @@ def test_example(number, folder, session, monkeypatch, capsys):
 
 def test_names_of_the_text_are_real():
     prose = re.sub(r"^```.*?^```$", "", SECTION, flags=re.MULTILINE | re.DOTALL)
-    known = {*mcv_runtime.__all__, *mcv_runtime.Options.__annotations__, *mcv_runtime.load.__annotations__}
+    known = {
+        *mcv_runtime.__all__,
+        *(field.name for field in dataclasses.fields(mcv_runtime.Options)),
+        *mcv_runtime.load.__annotations__,
+    }
     known |= {*dir(mcv_runtime.Answer), "None", "load", "engine.ask_messages", "mcv_runtime.__all__"}
     for name in re.findall(r"`([a-z_.A-Z]+)`", prose):
         assert name in known, name

@@ -9,8 +9,9 @@ import mcv_runtime
 
 PUBLIC = {
     "Answer", "Bundle", "BundleCorruptError", "BundleError", "Chat", "ChatFileError", "CheckpointError", "Clip", "Completion",
-    "Engine", "Event", "ImageError", "McvError", "OptionError", "Options", "OutputError", "Picture", "Progress", "Prompt",
-    "PromptError", "Region", "Request", "ResourceError", "RunError", "Timings", "Video", "load", "locate",
+    "Engine", "EngineInfo", "Event", "ImageError", "McvError", "MemoryUse", "OptionError", "Options", "OutputError", "Picture",
+    "PictureOptions", "Progress", "Prompt", "PromptError", "Region", "Request", "ResourceError", "RunError", "Ticket",
+    "Timings", "Video", "load", "locate",
 }  # fmt: skip
 
 

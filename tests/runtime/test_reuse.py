@@ -94,7 +94,7 @@ def test_a_fork_and_a_saved_conversation_go_on_alike(engine, drawn, tmp_path):
     fork = chat.fork()
     loaded = engine.load_chat(tmp_path / "chat.mcv", **SHORT)
     there = chat.ask(None, "Really?")
-    assert fork.ask(None, "Are you sure about that?").reused_tokens == there.reused_tokens
+    assert fork.ask(None, "Are you sure about that?").reused_tokens >= there.reused_tokens
     again = loaded.ask(None, "Really?")
     assert again.tokens == there.tokens
     assert again.reused_tokens >= there.reused_tokens > 60
@@ -182,7 +182,7 @@ def test_damaged_conversations_are_refused(engine_of, bundle_of, tmp_path, damag
         reason = "not a conversation"
     elif damage == "missing":
         path.unlink()
-        reason = "cannot be read"
+        reason = "is not there"
     else:
         engine, reason = engine_of("minicpmv4_5"), "another bundle"
     with pytest.raises(ChatFileError, match=reason) as caught:

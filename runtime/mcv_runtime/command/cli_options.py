@@ -18,6 +18,8 @@ from mcv_runtime.request import options
 from mcv_runtime.request.options import Options
 
 _ASKING, _PICTURES, _MODES, _MACHINE = "What to ask", "Pictures and videos", "More than one question", "Model and machine"
+_EITHER_WAY = "use_image_id"
+"""The option that can be switched off as well as on; the others are off unless they are named."""
 _PANELS = {
     options.ASKING: _ASKING,
     options.PICTURES: _PICTURES,
@@ -102,7 +104,7 @@ def request_parameters() -> Iterator[inspect.Parameter]:
         kind, name = _kind(hints[field.name]), field.name.replace("_", "-")
         flags = [flag for flag in field.metadata["flags"] if flag != "--choice"]
         long = "--choice" if "--choice" in field.metadata["flags"] else f"--{name}"
-        if field.name == "use_image_id":
+        if field.name == _EITHER_WAY:
             long = f"--{name}/--no-{name}"
         listed = get_origin(kind) is list
         option = typer.Option(
@@ -113,16 +115,16 @@ def request_parameters() -> Iterator[inspect.Parameter]:
             metavar="<str>" if listed else None,
             show_default=False,
         )
-        default: Any = False if kind is bool else None
-        annotation: Any = Annotated[kind if kind is bool else kind | None, option]
+        switch = kind is bool and field.name != _EITHER_WAY
+        annotation: Any = Annotated[kind if switch else kind | None, option]
+        default = False if switch else None
         yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def request_options(values: Mapping[str, Any]) -> Options:
     """Those that were said on the command line."""
-    given = {name: value for name, value in values.items() if value not in (None, False, [])}
-    if values.get("use_image_id") is False:
-        given["use_image_id"] = False
+    given = {name: value for name, value in values.items() if value is not None and value != []}
+    given = {name: value for name, value in given.items() if value is not False or name == _EITHER_WAY}
     if "json_schema" in given:
         given["json_schema"] = read_schema(given["json_schema"])
     return Options.of(None, given)
