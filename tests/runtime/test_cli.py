@@ -74,7 +74,7 @@ def test_json(golden_bundle, golden_engine, drawn, golden_root):
          {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 2.0, "logprobs": True}),
         (["--temp", 0.9, "--top-k", 40, "--top-p", 0.9, "--min-p", 0.01, "--seed", 5, "--presence-penalty", 0.5],
          {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "seed": 5, "presence_penalty": 0.5}),
-        (["--prompt-lookup", "--stop", "nothing", "--stop", "e", "--prefill-chunk", 9, "--timeout", 600, "--reuse-mb", 1],
+        (["--prompt-lookup", "--stop", "nothing", "--stop", "e", "--prefill-chunk", 9, "--timeout", 600, "--memory-mb", 900],
          {"prompt_lookup": True, "stop": ["nothing", "e"]}),
         (["--choice", "a cat", "--choice", "a dog"], {"choices": ["a cat", "a dog"]}),
         (["--regex", "[a-f]{3}"], {"regex": "[a-f]{3}"}),
