@@ -25,12 +25,14 @@ def run(code, home, *arguments):
     ("module", "arguments"),
     [
         ("mcv_runtime.command.cli", ["--image", DEMO, "-p", "What does the text say?", "-t", 1]),
-        ("mcv_export.cli", ["report", BUNDLE, "--model", CHECKPOINT, "--num-samples", 1, "-n", 1, "--json"]),
+        ("mcv_export.cli", ["report", BUNDLE, "--model", CHECKPOINT, "--num-samples", 1, "-n", 1, "--out", "report"]),
     ],
 )
-def test_commands_leave_nothing_at_home(tmp_path, module, arguments):
-    run(f"from {module} import main; main()", tmp_path, *arguments)
-    assert list(tmp_path.rglob("*")) == []
+def test_commands_leave_nothing_at_home(tmp_path, monkeypatch, module, arguments):
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run(f"from {module} import main; main()", tmp_path / "home", *arguments)
+    assert list((tmp_path / "home").rglob("*")) == []
 
 
 @pytest.mark.parametrize("module", ["mcv_runtime", "mcv_runtime.command.cli", "mcv_export.cli", "mcv_export.optimum_command"])
