@@ -120,8 +120,8 @@ def build(
     for graph in plan.graphs:
         resolve(graph, checkpoint)  # what is wrong with a tensor is said now, not when minutes of calibration are over
     with output_folder(out, checkpoint_folder, force=options.force) as folder:
-        calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
         copy_texts(checkpoint, folder, plan.chat_template)
+        calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
         if options.text_graphs:
             write_text_graphs((folder / plan.text.tokenizer).read_text(encoding="utf-8"), folder)
         (folder / "onnx").mkdir()

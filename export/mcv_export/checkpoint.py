@@ -64,8 +64,9 @@ class Checkpoint:
         return self.opened[name]
 
     def text(self, name: str) -> str:
-        """A text file of the checkpoint, which must lie in its folder: what a link leads to elsewhere is nobody's to copy."""
-        return read_text(self.folder / name, error=CheckpointError, within=self.folder)
+        """A text file of the checkpoint."""
+        path = self.folder / name
+        return read_text(path, error=CheckpointError, within=_lawful_folder(path))
 
     def tensor(self, name: str) -> CheckpointTensor:
         try:
@@ -184,8 +185,17 @@ def require_floats(tensor: CheckpointTensor) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object that a checkpoint's file holds; raises `CheckpointError`."""
-    text = read_regular(path, error=CheckpointError, within=path.parent, max_bytes=_JSON_BYTES)
+    text = read_regular(path, error=CheckpointError, within=_lawful_folder(path), max_bytes=_JSON_BYTES)
     data = parse_json(text, str(path), error=CheckpointError, max_bytes=_JSON_BYTES)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return data
+
+
+def _lawful_folder(path: Path) -> Path:
+    """Where a file may lie: in its own folder, or elsewhere under the same name, as `ln -s BASE/* .` has it.
+
+    What a stranger's link leads to under another name, the user's secrets for example, is nobody's to read into a bundle.
+    """
+    real = Path(os.path.realpath(path))
+    return real.parent if real.name == path.name else path.parent

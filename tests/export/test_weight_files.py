@@ -328,6 +328,14 @@ def test_no_file_is_waited_for_or_followed_elsewhere(checkpoint: Path, tmp_path:
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_folder_of_links_to_another_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    """As `ln -s BASE/* .` makes it, to change one file of it."""
+    (tmp_path / "links").mkdir()
+    for file in checkpoint.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    build_until_weights(tmp_path / "links")
+
+
 @pytest.mark.parametrize("section", [None, "vision_config"])
 @pytest.mark.parametrize("count", [10**4, 10**7, 10**30])
 def test_layers_that_nobody_could_lay_out(edit_config: Callable[..., Path], section: str | None, count: int) -> None:
