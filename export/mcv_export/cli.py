@@ -24,6 +24,7 @@ from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName, Manifest
 from mcv_runtime.command import terminal
 from mcv_runtime.errors import CheckpointError, OptionError, printable
+from mcv_runtime.files import at_home
 
 if TYPE_CHECKING:
     from mcv_calibration.samples import SampleSet
@@ -169,12 +170,12 @@ def build_command(
         text_graphs=text_graphs,
         int8_cache=kv == "int8",
     )
-    check_output(out, Path(model).expanduser(), force=force)  # before gigabytes are fetched
+    check_output(out, at_home(model), force=force)  # before gigabytes are fetched
     with _progress() as progress:
         folder = locate(model, revision=revision, cache_dir=cache_dir)
         adapters = tuple(find_adapter(one, cache_dir=cache_dir) for one in adapter or ())
         options = replace(options, adapters=adapters)
-        hub_id = None if folder == Path(model).expanduser() else model  # a path says where a checkpoint lay, not what it is
+        hub_id = None if folder == at_home(model) else model  # a path says where a checkpoint lay, not what it is
         check = None
         if search or report or not gate.open:
             from mcv_export.report import judge

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from mcv_runtime.errors import CheckpointError
+from mcv_runtime.files import at_home
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PUBLISHED = re.compile(r"(?:MiniCPM|OmniLMM)[\w.-]*", re.IGNORECASE)
@@ -32,7 +33,7 @@ def locate(model: str, *, revision: str | None = None, cache_dir: Path | None = 
 
     A published name may stand without its publisher, and version numbers may be written with dots or underscores.
     """
-    folder = Path(model).expanduser()
+    folder = at_home(model)
     hub_id = f"{_PUBLISHER}/{model}" if _PUBLISHED.fullmatch(model) else model
     if folder.exists() or not _HUB_ID.fullmatch(hub_id):
         return folder

@@ -114,6 +114,14 @@ def read_bounded(file: BinaryIO, what: str, *, error: MakeError, max_bytes: int)
     return data
 
 
+def at_home(path: str | os.PathLike[str]) -> Path:
+    """The path with a leading ~ as the home folder that it stands for; as it is, if there is nobody of that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def parse_json(
     text: str | bytes, what: str, *, error: MakeError, max_bytes: int = TEXT_BYTES, max_depth: int = JSON_DEPTH
 ) -> Any:

@@ -95,6 +95,16 @@ def test_options_reach_the_request(golden_bundle, golden_engine, drawn, argument
     assert (result["drafted"], result["accepted"]) == (answer.drafted, answer.accepted)
 
 
+def test_a_bundle_below_the_home_folder(golden_bundle, golden_engine):
+    """As a systemd unit, or a .env file, names it: nothing has replaced the ~."""
+    expected = golden_engine.ask(None, "What is this?", max_new_tokens=3).text + "\n"
+    named = f"~/{golden_bundle.name}"
+    for arguments, environment in (([], {"MCV_BUNDLE": named}), (["-m", named], {})):
+        done = run(*arguments, "-p", "What is this?", "-n", 3, HOME=str(golden_bundle.parent), **environment)
+        assert (done.returncode, done.stdout) == (0, expected)
+    assert "is not a bundle" in run("-p", "x", MCV_BUNDLE="~nobody-of-that-name/bundle").stderr
+
+
 def test_several_answers_on_lines_of_their_own(golden_bundle, golden_engine, drawn):
     done = run("-m", golden_bundle, "--image", drawn, "-p", "Why?", "-n", 5, "--num-beams", 2, "--num-return-sequences", 2)
     answer = golden_engine.ask(drawn, "Why?", max_new_tokens=5, num_beams=2, num_return_sequences=2)
@@ -131,6 +141,10 @@ def test_help_lists_every_option_in_a_group():
         ([], "the prompt is empty"),
         (["-p", "x", "-n", "0"], "max_new_tokens"),
         (["-p", "x", "-t", "0"], "threads"),
+        (["-p", "x", "-t", str(2**40)], "threads must be 1 to 1,024"),
+        (["-p", "x", "--memory-mb", "nan"], "memory_mb"),
+        (["-p", "x", "--cache-dir", "nowhere", "--cache-dir-mb", "nan"], "cache_dir_mb"),
+        (["--batch", "a" * 300, "--out", "nowhere.jsonl"], "File name too long"),
         (["-p", "x", "--repetition-penalty", "nan"], "repetition_penalty"),
         (["-p", "x", "-m", "nowhere"], "nowhere is not a bundle"),
         (["-p", "x " * 40_000], "context"),

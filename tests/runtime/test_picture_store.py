@@ -13,6 +13,7 @@ import pytest
 from mcv_runtime import OutputError, load
 from mcv_runtime.vision.picture_store import PictureStore
 
+pytestmark = pytest.mark.waits
 DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
 KEY, LIMIT = "ab" * 32, 1_000_000
 NAME = f"{KEY}.mcvpicture"

@@ -12,7 +12,7 @@ import pytest
 from mcv_runtime import OutputError
 from mcv_runtime.command.streams import is_closed, secure_streams
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="/dev/full, and how a shell closes streams")
+pytestmark = [pytest.mark.waits, pytest.mark.skipif(sys.platform == "win32", reason="/dev/full, and a POSIX shell")]
 DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
 BUNDLE = Path(__file__).parents[2] / "runtime" / "mcv_runtime" / "default_bundle"
 FULL = "stdout cannot be written: No space left on device\n"

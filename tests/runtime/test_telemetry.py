@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.waits
 DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
 BUNDLE = Path(__file__).parents[2] / "runtime" / "mcv_runtime" / "default_bundle"
 CHECKPOINT = Path(__file__).parents[2] / "models" / "tiny" / "checkpoint"

@@ -14,6 +14,7 @@ from mcv_export.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mcv_export.hub import locate_files
 from mcv_runtime.bundle.manifest import AdapterSpec, FileSpec
 from mcv_runtime.errors import CheckpointError, OptionError
+from mcv_runtime.files import at_home
 
 _WEIGHT = re.compile(r"(?P<place>.+):(?P<weight>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)")
 
@@ -43,9 +44,9 @@ def find_adapter(text: str, *, cache_dir: Path | None = None) -> Adapter:
     What is there as a folder is taken as it is written. Raises `CheckpointError` and `OptionError`.
     """
     place, weight = text, 1.0
-    if not Path(text).expanduser().exists() and (found := _WEIGHT.fullmatch(text)):
+    if not at_home(text).exists() and (found := _WEIGHT.fullmatch(text)):
         place, weight = found["place"], float(found["weight"])
-    folder = Path(place).expanduser()
+    folder = at_home(place)
     if folder.exists():  # a path says where an adapter lay, not what it is
         return Adapter(folder=folder, name=folder.resolve().name, weight=weight)
     hub_id, _, revision = place.partition("@")

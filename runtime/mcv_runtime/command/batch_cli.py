@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from mcv_runtime.command.batch_folder import picture_folder
 from mcv_runtime.command.batch_input import BatchRow, Defaults, batch_rows, count_rows
 from mcv_runtime.command.batch_output import BatchOutput
 from mcv_runtime.command.progress_bar import ProgressBar, counted
+from mcv_runtime.command.terminal import one_line
 from mcv_runtime.decoding.ticket import Ticket, finish_first
 from mcv_runtime.engine import Engine
 from mcv_runtime.errors import McvError, OptionError
@@ -44,9 +46,12 @@ def answer_batch(
     """Write an answer or an error for every row of `source` to `out`; 0, or 1 if a row failed."""
     notices = sys.stderr if notices is None else notices
     bar = ProgressBar(notices)
-    run = _Run(engine, bar, count_rows(source) if notices.isatty() else 0)
-    rows = batch_rows(source, defaults)
+    pictures = picture_folder(source) if source.is_dir() else None
+    run = _Run(engine, bar, count_rows(source, pictures) if notices.isatty() else 0)
+    rows = batch_rows(source, defaults, pictures)
     first = next(rows, None)  # what is wrong with the source is found before the output is touched
+    if pictures is not None and pictures.left_out:
+        print(f"mcv-run: left out of {source}, as no pictures: {pictures.left_out}", file=notices)
     with BatchOutput(out) as output:
         try:
             remaining = itertools.dropwhile(output.has, itertools.chain(() if first is None else (first,), rows))
@@ -57,7 +62,7 @@ def answer_batch(
             for answer in run.answers(asked, output.earlier, 2 * size):
                 output.write(answer)
             output.finish()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or another signal that asks to end
             bar.close()
             print(f"mcv-run: stopped after {run.written:,} rows; the same command goes on from there", file=notices)
             raise
@@ -143,5 +148,4 @@ def completion_report(completion: Completion) -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, McvError) else f"{type(error).__name__}: {text}"
+    return one_line(str(error) if isinstance(error, McvError) else f"{type(error).__name__}: {error}")

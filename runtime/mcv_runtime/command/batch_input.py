@@ -1,4 +1,7 @@
-"""The rows of a batch: requests from a file with one JSON object a line, or one for each picture of a folder."""
+"""The rows of a batch: requests from a file with one JSON object a line, or one for each picture of a folder.
+
+What is null in a row is as if it were left out.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,25 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from mcv_runtime.errors import OptionError
+from mcv_runtime.command.batch_folder import PictureFolder
+from mcv_runtime.errors import OptionError, shown
+from mcv_runtime.files import at_home, parse_json
+from mcv_runtime.pictures.images import is_address
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.options import Options
 from mcv_runtime.request.preparation import PictureSource
 from mcv_runtime.request.request import Request
 
-PICTURES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+ROW_BYTES = 16 << 20
+"""The longest row that is read."""
+_PATH_CHARACTERS = 4096
+"""The longest path that a system takes."""
 _OWN = frozenset({"id", "image", "images", "video", "prompt", "system"})
 _OPTIONS = {field.name for field in dataclasses.fields(Options)} - {"cancel", "progress"}
 """What a file can name."""
@@ -48,69 +58,81 @@ class BatchRow:
     """Why there is no request."""
 
 
-def count_rows(source: Path) -> int:
+def count_rows(source: Path, pictures: PictureFolder | None = None) -> int:
     """How many there are at most; 0 where counting them would use them up."""
-    if source.is_dir():
-        return len(_pictures(source))
+    if pictures is not None:
+        return len(pictures.pictures)
     if not source.is_file():
         return 0
     with source.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+        return sum(1 for line in _lines(file) if line.strip())
 
 
-def batch_rows(source: Path, defaults: Defaults) -> Iterator[BatchRow]:
-    """The rows of a file or folder, in order and one at a time; raises `OptionError` if it cannot be read."""
-    return _folder(source, defaults) if source.is_dir() else _file(source, defaults)
+def batch_rows(source: Path, defaults: Defaults, pictures: PictureFolder | None = None) -> Iterator[BatchRow]:
+    """The rows of a file, or those about the `pictures` of a folder, in order and one at a time.
+
+    Raises `OptionError` if the file cannot be read, or there is nothing to ask about the pictures.
+    """
+    return _file(source, defaults) if pictures is None else _folder(source, pictures, defaults)
 
 
-def _folder(folder: Path, defaults: Defaults) -> Iterator[BatchRow]:
+def _folder(folder: Path, pictures: PictureFolder, defaults: Defaults) -> Iterator[BatchRow]:
     if not defaults.prompt.strip():
         raise OptionError(f"{folder} is a folder of pictures; say what to ask about each with --prompt")
-    names = _pictures(folder)
-    if not names:
-        raise OptionError(f"there are no pictures in {folder}; known are {', '.join(sorted(PICTURES))}")
-    for number, name in enumerate(names, 1):
-        yield _row(number, {"image": name}, folder, defaults)
-
-
-def _pictures(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if Path(entry.name).suffix.lower() in PICTURES and entry.is_file())
+    for number, name in enumerate(pictures.pictures, 1):
+        yield _row(number, {"image": name}, folder.joinpath, defaults)
 
 
 def _file(path: Path, defaults: Defaults) -> Iterator[BatchRow]:
+    def located(text: str) -> Path:
+        if is_address(text) or len(text) > _PATH_CHARACTERS:
+            raise OptionError(f"{_cut(text)} is no path of a file; save what it stands for, and name that file")
+        return path.parent / at_home(text)
+
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    fields = json.loads(line.decode("utf-8-sig"))
-                    if not isinstance(fields, dict):
-                        raise OptionError("the row is not a JSON object")
-                    row = _row(number, fields, path.parent, defaults)
-                except OptionError as error:
-                    row = BatchRow(number=number, digest="", error=str(error), said=_said(fields))
-                except (ValueError, RecursionError) as error:
-                    row = BatchRow(number=number, digest="", error=f"the row is not JSON: {error}")
-                yield row
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+                raise OptionError(f"{path} is a device; --batch takes a file of requests or a folder of pictures")
+            for number, line in enumerate(_lines(file), 1):
+                if line.strip():
+                    yield _parsed(number, line, located, defaults)
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _row(number: int, fields: Mapping[str, Any], folder: Path, defaults: Defaults) -> BatchRow:
-    for name in fields.keys() - _OWN - _OPTIONS:
-        raise OptionError(f"a row has no field {name!r}; options have the names of Options")
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is longer than a row may be, the beginning."""
+    while line := file.readline(ROW_BYTES + 1):
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = file.readline(ROW_BYTES + 1)
+
+
+def _parsed(number: int, line: bytes, located: Callable[[str], Path], defaults: Defaults) -> BatchRow:
+    def unreadable(reason: str) -> OptionError:
+        return OptionError(f"the row cannot be read, it is not JSON as a row has it: {reason}")
+
+    fields = None
+    try:
+        fields = parse_json(line, "it", error=unreadable, max_bytes=ROW_BYTES)
+        if not isinstance(fields, dict):
+            raise OptionError("the row is not a JSON object")
+        return _row(number, fields, located, defaults)
+    except OptionError as error:
+        return BatchRow(number=number, digest="", error=str(error), said=_said(fields))
+
+
+def _row(number: int, fields: Mapping[str, Any], located: Callable[[str], Path], defaults: Defaults) -> BatchRow:
+    for name in sorted(fields.keys() - _OWN - _OPTIONS):
+        raise OptionError(f"a row has no field {shown(name)}; options have the names of Options")
+    fields = {name: value for name, value in fields.items() if value is not None}
     prompt, system = fields.get("prompt", defaults.prompt), fields.get("system", defaults.system)
     if not isinstance(prompt, str) or not isinstance(system, str | None):
         raise OptionError("prompt and system are texts")
-    images = _paths(fields, "image")
-    if "images" in fields:
-        images += _paths(fields, "images")
-    videos = (Video(folder / path) for path in _paths(fields, "video"))
-    seen: list[PictureSource] = [*(folder / path for path in images), *videos]
-    chosen = {name: value for name, value in fields.items() if name in _OPTIONS and value is not None}
-    options = Options.of(defaults.options, chosen)
+    images = [located(path) for name in ("image", "images") for path in _paths(fields, name)]
+    videos = [Video(located(path)) for path in _paths(fields, "video")]
+    seen: list[PictureSource] = [*images, *videos]
+    options = Options.of(defaults.options, {name: value for name, value in fields.items() if name in _OPTIONS})
     asked = [fields, prompt, system, options.given(), defaults.model]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     request = Request(seen, prompt, system, options)
@@ -119,12 +141,22 @@ def _row(number: int, fields: Mapping[str, Any], folder: Path, defaults: Default
 
 def _paths(fields: Mapping[str, Any], name: str) -> list[str]:
     given = fields.get(name, [])
-    paths = [given] if isinstance(given, str) else given
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+    paths = [path for path in given if path is not None] if isinstance(given, list) else [given]
+    if not all(isinstance(path, str) and path for path in paths):
         raise OptionError(f"{name} is the path of a file, or a list of such")
     return paths
 
 
 def _said(fields: Any) -> dict[str, Any]:
-    names = ("id", "image", "images", "video")
-    return {name: fields[name] for name in names if name in fields} if isinstance(fields, dict) else {}
+    if not isinstance(fields, dict):
+        return {}
+    said = {name: fields[name] for name in ("id", "image", "images", "video") if fields.get(name) is not None}
+    return {name: value if name == "id" else _cut(value) for name, value in said.items()}
+
+
+def _cut(value: Any) -> Any:
+    """A path, or several; of what is long and no path, the beginning."""
+    if isinstance(value, list):
+        return [_cut(one) for one in value]
+    is_long = isinstance(value, str) and (len(value) > _PATH_CHARACTERS or (len(value) > 80 and is_address(value)))
+    return f"{value[:80]}..." if is_long else value

@@ -2,12 +2,15 @@
 
 What is finished is found again by the digest of its request: a row that was edited, failed or is new is done, and the rest
 is taken over. Rows that are there but not at their place wait in a second file, `NAME.rest`, until their turn comes; it is
-gone when all is done.
+gone when all is done. One process at a time writes to a file: it is locked as long as it is open.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import stat
+import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,34 +19,50 @@ from typing import Any, BinaryIO, Self
 
 from mcv_runtime.command.batch_input import BatchRow
 from mcv_runtime.errors import OutputError
+from mcv_runtime.locks import try_lock
 
 _WINDOW = 1000
 """Finished rows among which the next is looked for: as many may have been deleted or edited in a row."""
 
 
 class BatchOutput:
-    """Takes the answers of rows in their order; a context, in which the file is open."""
+    """Takes the answers of rows in their order; a context, in which the file is open, and nobody else's to write."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._rest_path = path, path.with_name(f"{path.name}.rest")
+        self.path = path
         self.kept = 0
         """Rows that were there already."""
 
     def __enter__(self) -> Self:
         try:
-            self._file: BinaryIO = self.path.open("r+b" if self.path.exists() else "w+b")
-        except OSError as error:
+            place = Path(os.path.realpath(self.path))  # the rest lies beside the file itself, whatever link led there
+            self._rest_path = place.with_name(f"{place.name}.rest")
+            self._file = _opened(place)
+        except (OSError, ValueError) as error:
             raise self._unwritable(error) from None
-        self._refuse_others()
+        try:
+            if try_lock(self._file.fileno()) is False:
+                raise OutputError(f"another mcv-run is writing {self.path}; wait for it, or name another file")
+            _require_answers(self._file, self.path)
+            if _is_there(self._rest_path):
+                with self._rest_path.open("rb") as rest:
+                    _require_answers(rest, self._rest_path)
+        except OSError as error:
+            self._file.close()
+            raise self._unwritable(error) from None
         self._end = 0
         self._rest: Iterator[dict[str, Any]] = iter(())
         self._window: deque[dict[str, Any]] = deque()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
         if isinstance(self._rest, _Lines):
             self._rest.close()
+        try:
+            self._file.close()
+        except OSError as failure:  # what could not be written once is tried again here
+            if kind is None:
+                raise self._unwritable(failure) from None
 
     def has(self, row: BatchRow) -> bool:
         """Whether the row's answer is there at its place; rows must be asked about in order, until one is not."""
@@ -63,20 +82,32 @@ class BatchOutput:
             self._file.seek(self._end)
             first = self._file.readline()
             if first.endswith(b"\n"):
-                partial = self._rest_path.with_name(f"{self._rest_path.name}.partial")
-                with partial.open("wb") as aside:
-                    aside.write(first)
-                    _copy(self._file, aside)
-                    if self._rest_path.exists():
-                        with self._rest_path.open("rb") as older:
-                            _copy(older, aside)
-                partial.replace(self._rest_path)
+                self._put_aside(first)
             self._file.truncate(self._end)
             self._file.seek(self._end)
             if self._rest_path.exists():
                 self._rest = _Lines(self._rest_path)
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def _put_aside(self, first: bytes) -> None:
+        """Have the rows from here on in the second file, before those that it has, and on the disk before they go here."""
+        partial = self._rest_path.with_name(f"{self._rest_path.name}.partial")
+        if _is_there(partial):
+            partial.unlink()  # left by a run that was killed: nobody else writes here
+        try:
+            with partial.open("xb") as aside:
+                aside.write(first)
+                _copy(self._file, aside)
+                if self._rest_path.exists():
+                    with self._rest_path.open("rb") as older:
+                        _copy(older, aside)
+                _sync(aside)
+            partial.replace(self._rest_path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync_folder(self._rest_path.parent)
 
     def earlier(self, row: BatchRow) -> dict[str, Any] | None:
         """The answer to the same request from an earlier run, once."""
@@ -94,25 +125,50 @@ class BatchOutput:
             return None
 
     def write(self, answer: dict[str, Any]) -> None:
-        """Write the next row's answer; it is on disk when this returns."""
+        """Write the next row's answer; when this returns, it outlives this process, and `finish` has it outlive the system."""
         try:
             self._file.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
             self._file.flush()
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise self._unwritable(error, "; the same command goes on from there") from None
 
     def finish(self) -> None:
         """All rows are written."""
-        self._rest_path.unlink(missing_ok=True)
+        try:
+            _sync(self._file)
+            self._rest_path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
 
-    def _refuse_others(self) -> None:
-        first = self._file.readline(1 << 20)
-        if first and not first.startswith(b'{"row": '[: len(first)]):
-            self._file.close()
-            raise OutputError(f"{self.path} holds something else than a batch's answers; name another file")
+    def _unwritable(self, error: OSError | ValueError, more: str = "") -> OutputError:
+        if isinstance(error, OutputError):
+            return error
+        return OutputError(f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}{more}")
 
-    def _unwritable(self, error: OSError) -> OutputError:
-        return OutputError(f"{self.path} cannot be written: {error.strerror}")
+
+def _opened(path: Path) -> BinaryIO:
+    """A file to read and write, made if it is not there, its content left as it is."""
+    _is_there(path)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
+    return os.fdopen(fd, "r+b")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file; raises `OutputError` for a pipe, a device, a folder or a link."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(mode):
+        raise OutputError(f"{path} is no plain file; remove it, or name another for the answers")
+    return True
+
+
+def _require_answers(file: BinaryIO, path: Path) -> None:
+    """Raise `OutputError` if a file holds something else; its first line may have been cut off anywhere."""
+    first = file.readline(1 << 20)
+    if first and not first.startswith(b'{"row": '[: len(first)]):
+        raise OutputError(f"{path} holds something else than a batch's answers; name another file")
 
 
 class _Lines:
@@ -149,3 +205,17 @@ def _finished(line: bytes) -> dict[str, Any] | None:
 def _copy(source: BinaryIO, target: BinaryIO) -> None:
     while block := source.read(1 << 20):
         target.write(block)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform != "win32":
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -16,6 +16,7 @@ from mcv_runtime.command.progress_bar import ProgressBar, print_answer
 from mcv_runtime.conversation.chat import Chat
 from mcv_runtime.engine import Engine
 from mcv_runtime.errors import ImageError, McvError, OptionError
+from mcv_runtime.files import at_home
 from mcv_runtime.pictures.images import MAX_PIXELS, open_picture
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.answer import Answer
@@ -194,7 +195,7 @@ def completions(line: str) -> list[str]:
         return [f"{command} " for command in _COMMANDS if line and command.startswith(line)]
     if name not in ("/image", "/video", "/save", "/load"):
         return []
-    folder = _home(typed if typed.endswith("/") else str(Path(typed).parent))
+    folder = at_home(typed if typed.endswith("/") else str(Path(typed).parent))
     beginning = typed[: typed.rfind("/") + 1]
     try:
         found = sorted(f"{beginning}{entry.name}{'/' * entry.is_dir()}" for entry in folder.iterdir())
@@ -217,19 +218,12 @@ def _paths(rest: str, example: str, most: int | None = None) -> list[Path]:
     """The files that a command names; quotes and backslashes keep a space inside of a name, and so does being there."""
     if not rest:
         raise OptionError(f"name a file, for example {example}")
-    if not (whole := _home(rest)).exists():
+    if not (whole := at_home(rest)).exists():
         with suppress(ValueError):  # a quote without its other one
             parts = shlex.split(rest)
             if most is None or len(parts) == most:
-                return [_home(part) for part in parts]
+                return [at_home(part) for part in parts]
     return [whole]
-
-
-def _home(path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # nobody of that name
-        return Path(path)
 
 
 def _figures(answer: Answer) -> str:

@@ -26,6 +26,7 @@ from mcv_runtime.command.progress_bar import ProgressBar, print_answer
 from mcv_runtime.command.streams import is_closed
 from mcv_runtime.engine import load
 from mcv_runtime.errors import OptionError
+from mcv_runtime.files import at_home
 from mcv_runtime.pictures.images import MAX_PIXELS
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.answer import Answer
@@ -163,11 +164,8 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _bundle(named: Path | None) -> Path:
-    if named is not None:
-        return named
-    if from_environment := os.environ.get("MCV_BUNDLE"):
-        return Path(from_environment)
-    return bundles.DEFAULT
+    chosen = named or os.environ.get("MCV_BUNDLE")
+    return at_home(chosen) if chosen else bundles.DEFAULT
 
 
 def report(answer: Answer, *, regions: bool = False) -> dict[str, Any]:

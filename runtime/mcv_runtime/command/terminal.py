@@ -83,7 +83,12 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL)
 
 
+def one_line(complaint: str) -> str:
+    """A complaint as it may be shown: on one line, in characters that a terminal does not obey, and not too many of them."""
+    line = printable(" ".join(complaint.split()))
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+
+
 def _complain(line: str, code: int) -> int:
-    line = printable(" ".join(line.split()))
-    typer.echo(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}...", err=True)
+    typer.echo(one_line(line), err=True)
     return code

@@ -95,6 +95,12 @@ def read_header(data: bytes, name: str, max_pixels: int) -> EncodedPicture:
     raise ImageError(f"{name} is not a picture, or of a kind that is not supported, or its header is damaged")
 
 
+def begins_as_picture(begins: bytes) -> bool:
+    """Whether the first bytes of a file, at best 32, are those of a format that has a mark of its own."""
+    begins = begins.ljust(32, b"\0")
+    return begins[:4] == b"\0\0\1\0" or any(_accepts(kind, begins) for kind in _READERS if Image.OPEN[kind][1])
+
+
 def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     """Raise `ImageError` for a picture without pixels, and for one of too many."""
     width, height = size

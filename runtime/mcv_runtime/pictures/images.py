@@ -109,10 +109,15 @@ def open_local(path: str | os.PathLike[str], max_bytes: int | None = None) -> Bi
     except ValueError:  # a NUL, or half a character
         raise ImageError(f"{name} cannot be read: it is no name of a file") from None
     except OSError as error:
-        if _ADDRESS.match(os.fspath(path)):
+        if is_address(os.fspath(path)):
             raise ImageError(f"{name} is an address, not a file; download it first") from None
         raise ImageError(f"{name} cannot be read: {error.strerror}") from None
     return open_regular(path, error=ImageError, max_bytes=max_bytes)
+
+
+def is_address(path: str) -> bool:
+    """Whether a path is that of no file on this machine: a URL, or a picture as a data: URI."""
+    return bool(_ADDRESS.match(path))
 
 
 def _read(source: ImageSource, name: str, max_pixels: int) -> bytes:

@@ -1,0 +1,165 @@
+"""What a batch asks: which files of a folder are pictures, and what a row says."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mcv_runtime import OptionError, Options, Video
+from mcv_runtime.command import batch_input
+from mcv_runtime.command.batch_folder import picture_folder
+from mcv_runtime.command.batch_input import Defaults, batch_rows, count_rows
+
+DEFAULTS = Defaults(prompt="What?", system="Be brief.", options=Options(max_new_tokens=5), model="demo")
+PNG = (Path(__file__).parents[2] / "models" / "tiny" / "demo.png").read_bytes()
+
+
+def rows(tmp_path, *lines):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    found = list(batch_rows(path, DEFAULTS))
+    assert count_rows(path) == len(found)
+    return found
+
+
+def row(tmp_path, **fields):
+    return rows(tmp_path, fields)[0]
+
+
+def test_pictures_are_told_by_name_or_content(tmp_path):
+    picture = Image.new("RGB", (32, 32), "red")
+    names = {
+        "a.png": "PNG", "b.PNG": "PNG", "c.jfif": "JPEG", "d.JPE": "JPEG", "e.jpeg": "JPEG", "f.tif": "TIFF", "g.TIFF": "TIFF",
+        "h.webp": "WEBP", "i.gif": "GIF", "j.bmp": "BMP", "k.dib": "DIB", "l.pgm": "PPM", "m.jp2": "JPEG2000",
+        "n.j2k": "JPEG2000",
+        "o.pcx": "PCX", "p.avif": "AVIF", "q.tga": "TGA", "r.ico": "ICO", "s.sgi": "SGI", "t": "PNG", "u.jpg_large": "JPEG",
+        "v.jpg.bak": "JPEG", "w.dat": "WEBP", "x.txt": "GIF", "y y.heic": "JPEG", "data:z.png": "PNG", "~.png": "PNG",
+    }  # fmt: skip
+    for name, kind in names.items():
+        picture.save(tmp_path / name, kind)
+    (tmp_path / "damaged.jpg").write_text("said to be a picture: an error of its own")
+    found = picture_folder(tmp_path)
+    assert found.pictures == sorted([*names, "damaged.jpg"])
+    assert found.left_out == ""
+    asked = list(batch_rows(tmp_path, DEFAULTS, found))
+    assert [row.request.images for row in asked] == [[tmp_path / name] for name in found.pictures]
+    assert [row.said for row in asked] == [{"image": name} for name in found.pictures]
+    assert count_rows(tmp_path, found) == len(asked)
+
+
+def test_what_is_no_picture_is_left_out_and_counted(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    for name in (".DS_Store", "._a.png", ".hidden.jpg"):
+        (tmp_path / name).write_bytes(PNG)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone")
+    others = {
+        "clip.mp4": b"\0\0\0\x18ftypisom", "clip.MPG": b"\0\0\1\xba", "doc.pdf": b"%PDF-1.7", "e.eps": b"%!PS-Adobe",
+        "page.svg": b"<svg/>", "photo.heic": b"\0\0\0\x18ftypheic", "photo.psd": b"8BPS\0\1", "Thumbs.db": b"\xd0\xcf\x11\xe0",
+        "notes.txt": b"P6 is what it begins with", "empty": b"", "bmw.txt": b"BM and so on", "raw.dng": b"II*\0\x08\0\0\0\0\0",
+    }  # fmt: skip
+    for name, data in others.items():
+        (tmp_path / name).write_bytes(data)
+    found = picture_folder(tmp_path)
+    assert found.pictures == ["a.png"]
+    assert (found.hidden, found.folders) == (3, 2)
+    assert found.others == sorted([*others, "pipe.png", "nowhere.png"])
+    assert found.left_out == "3 hidden, 2 folders, 'Thumbs.db', 'bmw.txt', 'clip.MPG', 'clip.mp4', 'doc.pdf', 9 more"
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(OptionError, match=r"no pictures in .*left out: 3 hidden"):
+        picture_folder(tmp_path)
+    with pytest.raises(OptionError, match="cannot be read"):
+        picture_folder(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("name", sorted(batch_input._OWN | batch_input._OPTIONS))
+def test_null_is_as_left_out(tmp_path, name):
+    said = {"image": "a.png"} if name == "images" else {"images": ["a.png"]}
+    without, null = rows(
+        tmp_path, {**said, "id": 7} if name != "id" else said, {**said, name: None, **({} if name == "id" else {"id": 7})}
+    )
+    assert null.error == ""
+    assert (null.digest, null.said, null.request.prompt) == (without.digest, without.said, "What?")
+    assert (null.request.system, null.request.options) == ("Be brief.", without.request.options)
+    assert null.request.images == without.request.images == [tmp_path / "a.png"]
+
+
+def test_nulls_in_lists_and_in_every_field(tmp_path):
+    assert row(tmp_path, images=["a.png", None]).request.images == [tmp_path / "a.png"]
+    assert row(tmp_path, image=None, images=[None], video=[]).request.images == []
+    assert "no field 'imge'" in row(tmp_path, imge=None).error
+
+
+def test_where_files_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    seen = row(
+        tmp_path, image=["a.png", "/b.png"], images=["~/c.png", "~nobody-of-that-name/d.png"], video="e.mp4"
+    ).request.images
+    home = tmp_path / "home"
+    assert seen[:4] == [tmp_path / "a.png", Path("/b.png"), home / "c.png", tmp_path / "~nobody-of-that-name/d.png"]
+    assert isinstance(seen[4], Video)
+    assert seen[4].source == tmp_path / "e.mp4"
+
+
+@pytest.mark.parametrize("name", ["image", "images", "video"])
+@pytest.mark.parametrize(
+    "value", ["data:image/png;base64," + "iVBORw0KGgo" * 100_000, "https://example.com/" + "a" * 9000, "b" * 5000]
+)
+def test_what_is_no_path_is_not_repeated(tmp_path, name, value):
+    for given in (value, [value, "a.png"]):
+        found = row(tmp_path, id="x" * 5000, **{name: given})
+        assert "is no path of a file" in found.error
+        assert len(found.error) < 200
+        assert found.said["id"] == "x" * 5000
+        assert len(json.dumps(found.said[name])) < 200
+        assert value[:80] in json.dumps(found.said[name])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"id": 1, "id": 2}', "the key 'id' stands twice"),
+        ('{"temperature": NaN}', "NaN is no number"),
+        ('{"timeout": 1e999}', "beyond any number"),
+        ('{"id": ' + "[" * 1000 + "]" * 1000 + "}", "nested more than 64 levels"),
+        ("[" * 100_000, "not JSON"),
+        ('{"id": 1', "not JSON"),
+        ('{"prompt": "\\ud800"}', "half a character"),
+        ("[]", "not a JSON object"),
+        ("null", "not a JSON object"),
+        (json.dumps({"x" * 100_000: 1}), "no field 'xxx"),
+        (json.dumps({"\x1b[31m": 1}), "\\x1b[31m"),
+        (json.dumps({"image": [7]}), "path of a file"),
+        (json.dumps({"image": ""}), "path of a file"),
+        (json.dumps({"image": {"a": 1}}), "path of a file"),
+        (json.dumps({"prompt": 7}), "texts"),
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_a_row_that_cannot_be_used_is_one_short_line(tmp_path, line, words):
+    bad, good = rows(tmp_path, line, {"image": "a.png"})
+    assert words in bad.error
+    assert bad.request is None
+    assert len(bad.error) < 300
+    assert bad.error.isprintable()
+    assert good.request is not None
+
+
+def test_a_row_that_is_too_long_takes_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_input, "ROW_BYTES", 1000)
+    found = rows(tmp_path, {"id": 1, "prompt": "x" * 100_000}, {"id": 2}, "y" * 5000, {"id": 3})
+    assert [one.number for one in found] == [1, 2, 3, 4]
+    assert [bool(one.error) for one in found] == [True, False, True, False]
+    assert "more than 1,000 bytes" in found[0].error
+
+
+def test_what_is_no_file_of_rows(tmp_path):
+    for path in (Path("/dev/zero"), tmp_path / "gone"):
+        with pytest.raises(OptionError):
+            next(batch_rows(path, DEFAULTS))
+    shutil.rmtree(tmp_path)
