@@ -92,15 +92,9 @@ def shared(bundle: Path, threads: int) -> dict[str, Any]:
     waiting.join()
     read = ticket.result()
     together = {}
+    brief = Options(max_new_tokens=TOKENS, repetition_penalty=1.0)
     for rows in (1, 2, 4, 8, 16):
-        requests = [
-            Request(
-                None,
-                f"{rows} {number} " + "Tell me more. " * 20,
-                options=Options(max_new_tokens=TOKENS, repetition_penalty=1.0),
-            )
-            for number in range(rows)
-        ]
+        requests = [Request(None, f"{rows} {number} " + "Tell me more. " * 20, options=brief) for number in range(rows)]
         before = engine._scheduler.slots.copied
         answers = engine.batch(requests)
         made = sum(len(answer.tokens) - 1 for answer in answers)
