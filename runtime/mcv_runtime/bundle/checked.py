@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from mcv_runtime.files import at_home, read_regular
+from mcv_runtime.files import read_regular
 
 _KNOWN_BYTES = 1 << 16
 _log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 def cache_folder() -> Path:
     """`$MCV_CACHE`, else where this system keeps what may be deleted."""
     if chosen := os.environ.get("MCV_CACHE"):
-        return at_home(chosen)
+        return Path(chosen).expanduser()
     if platform.system() == "Darwin":
         return Path.home() / "Library" / "Caches" / "mcv"
     if platform.system() == "Windows" and (local := os.environ.get("LOCALAPPDATA")):
