@@ -134,9 +134,12 @@ class Slots:
         if own is not None and own.slot is not None and own.kept and self.shared(own, keys) >= shared:
             best, shared = own, self.shared(own, keys)
         take = best is not None and best.kept and shared > 0 and self._may_take(best, shared, own)
-        spared = best if shared else None
-        if not self._make_room(rows * self.need(tokens) - (self.row_bytes(best) if take and best else 0), spared):
-            return None
+        need = rows * self.need(tokens)
+        taken = max(self.need(best.touched) - self.need(tokens), 0) - self.row_bytes(best) if take and best is not None else 0
+        if not self._make_room(need + taken, best if shared else None):
+            best, shared, take = None, 0, False  # there is no room for it beside what it would begin with
+            if not self._make_room(need):
+                return None
         if take and best is not None:
             row = best
             row.owners.clear()
