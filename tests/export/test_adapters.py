@@ -377,6 +377,7 @@ def test_a_report_and_its_gate_are_about_the_merged_model(
     assert (code, "was built with --adapter lora" in said) == (2, True)
 
 
+@pytest.mark.waits
 def test_optimum_merges_too(tuned: tuple[Path, Path], golden_root: Path, tmp_path: Path) -> None:
     source = golden_root / "minicpmv2_6" / "checkpoint"
     program = Path(sys.executable).parent / "optimum-cli"

@@ -202,6 +202,7 @@ with module.output_folder(Path(sys.argv[1]), Path("/nowhere"), force=True) as fo
     yield kill
 
 
+@pytest.mark.waits
 def test_what_a_killed_build_left_is_removed(tmp_path: Path, killed: Callable[..., None]) -> None:
     make_bundle(tmp_path / "b")
     (tmp_path / ".b.download.partial").mkdir()  # somebody else's
@@ -212,6 +213,7 @@ def test_what_a_killed_build_left_is_removed(tmp_path: Path, killed: Callable[..
     assert names(tmp_path) == [".b.download.partial", "b"]
 
 
+@pytest.mark.waits
 def test_a_kill_at_the_swap(tmp_path: Path, killed: Callable[..., None]) -> None:
     """Right before the swap the old bundle is there, right after it the new one."""
     make_bundle(tmp_path / "b")
@@ -223,6 +225,7 @@ def test_a_kill_at_the_swap(tmp_path: Path, killed: Callable[..., None]) -> None
     assert names(tmp_path) == ["b"]
 
 
+@pytest.mark.waits
 def test_a_kill_between_two_renames_is_made_good(tmp_path: Path, killed: Callable[..., None]) -> None:
     """Where names cannot be exchanged, the old bundle is put back by the next build, even by one that is refused."""
     make_bundle(tmp_path / "b")
@@ -240,6 +243,7 @@ Path.rename = lambda path, target: die() if path.name.endswith(".partial") else 
     assert names(tmp_path) == ["b"]
 
 
+@pytest.mark.waits
 def test_two_builds_at_once(tmp_path: Path) -> None:
     with output_folder(tmp_path / "b", CHECKPOINT, force=False) as folder:
         make_bundle(folder / "x")

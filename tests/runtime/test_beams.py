@@ -137,12 +137,12 @@ def test_beams_are_ordered_by_logits_that_round_to_one_probability(penalty):
     def step(parents, tokens):
         return logits_V[None].repeat(len(tokens), 0)
 
-    def search(num_beams, limit):
+    def found(num_beams, limit):
         options = {"num_beams": num_beams, "num_return_sequences": num_beams, "early_stopping": True}
-        return beam_search(logits_V, step, stop=frozenset({5}), limit=limit, repetition_penalty=penalty, **options)
+        return search(logits_V, step, stop=frozenset({5}), limit=limit, repetition_penalty=penalty, **options)
 
-    assert [beam.tokens for beam in search(3, 1)] == [(2,), (4,), (1,)]
-    assert search(1, 3)[0].tokens == ((2, 2, 2) if penalty == 1 else (2, 4, 1))
+    assert [beam.tokens for beam in found(3, 1)] == [(2,), (4,), (1,)]
+    assert found(1, 3)[0].tokens == ((2, 2, 2) if penalty == 1 else (2, 4, 1))
 
 
 class Digits:

@@ -101,7 +101,7 @@ def test_a_mistake_is_one_line_and_the_conversation_goes_on(folder):
     assert done.returncode == 1
     words = [
         "nothing.png cannot be read", "broken.png is not a picture", "name a file", "no command /nonsense",
-        "nothing.mcv cannot be read", "cannot be written", "cannot be written", "no point",
+        "nothing.mcv is not there", "cannot be written", "cannot be written", "no point",
         "nothing.mp4 cannot be read", "cannot be read",
     ]  # fmt: skip
     assert len(complaints(done)) == len(words)

@@ -364,6 +364,7 @@ def test_addresses_are_no_files():
         assert len(str(caught.value)) < 200
 
 
+@pytest.mark.waits
 def test_a_picture_through_a_pipe(tmp_path, monkeypatch):
     data = encoded(Image.effect_noise((300, 300), 50), "PNG")  # more than a pipe holds
     reading, writing = os.pipe()
@@ -389,6 +390,7 @@ def test_a_picture_through_a_pipe(tmp_path, monkeypatch):
         open_picture(named)
 
 
+@pytest.mark.waits
 def test_devices_and_endless_files(tmp_path, monkeypatch):
     with pytest.raises(ImageError, match="is a device, not a file"):
         open_picture("/dev/zero")

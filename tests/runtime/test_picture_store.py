@@ -154,6 +154,7 @@ def test_a_folder_that_is_only_read_fails_nothing(tmp_path, monkeypatch, caplog)
     ]
 
 
+@pytest.mark.waits
 def test_a_full_disk_fails_nothing_and_leaves_nothing(tmp_path):
     code = """
 import resource, sys, numpy as np
@@ -168,6 +169,7 @@ store.put("ab" * 32, np.ones((4, 8), np.float32))
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
+@pytest.mark.waits
 def test_what_a_killed_process_left_is_deleted_by_the_next(tmp_path):
     writer(tmp_path, "os.kill(os.getpid(), 9)").communicate()
     (left,) = tmp_path.iterdir()
@@ -177,6 +179,7 @@ def test_what_a_killed_process_left_is_deleted_by_the_next(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [f"{'cd' * 32}.mcvpicture"]
 
 
+@pytest.mark.waits
 def test_what_a_process_is_writing_stays_and_counts(tmp_path):
     with writer(tmp_path, "print(flush=True), sys.stdin.read()") as busy:
         busy.stdout.readline()

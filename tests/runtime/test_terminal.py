@@ -18,6 +18,7 @@ def ended(work):
     return raised.value.code
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_unwinds_the_stack(number, capsys):
     seen = []
@@ -40,6 +41,7 @@ def test_a_signal_unwinds_the_stack(number, capsys):
     assert [signal.getsignal(each) for each in ENDING] == [signal.SIG_DFL, signal.SIG_DFL]
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("number", ENDING)
 def test_a_host_keeps_its_own_handlers(number):
     for handler in (signal.SIG_IGN, lambda *_: None):  # nohup ignores SIGHUP
@@ -51,6 +53,7 @@ def test_a_host_keeps_its_own_handlers(number):
             signal.signal(number, signal.SIG_DFL)
 
 
+@pytest.mark.waits
 def test_another_thread_than_the_first_takes_no_signals():
     codes = []
     thread = threading.Thread(target=lambda: codes.append(ended(lambda: 0)))
