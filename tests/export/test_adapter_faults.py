@@ -232,7 +232,7 @@ def test_files(lora: Path, source: Path, tmp_path: Path, said: Callable[..., str
     (lora / "adapter_model.bin").write_bytes(b"no torch file")
     assert "adapter_model.bin holds more than tensors" in said(source, "--adapter", lora)
     (lora / "adapter_config.json").write_text("{")
-    assert "adapter_config.json cannot be read as JSON" in said(source, "--adapter", lora)
+    assert "adapter_config.json is not JSON" in said(source, "--adapter", lora)
     shutil.copytree(lora, tmp_path / "runs" / "checkpoint-100")
     assert f"did you mean {tmp_path / 'runs' / 'checkpoint-100'}?" in said(source, "--adapter", tmp_path / "runs")
     assert "neither the folder of an adapter nor a hub id" in said(source, "--adapter", tmp_path / "nothing" / "at" / "all")
