@@ -127,10 +127,12 @@ def test_no_request_waits_for_room_that_its_own_beginning_takes(bundle_of):
     engine = load(bundle_of("minicpmv2_6"), threads=1, memory_mb=16)
     slots = engine._scheduler.slots
     token = slots.need(1) - slots.need(0)
-    text = "word " * (slots.keep_limit // token - 100)
-    first = engine.ask(None, text, max_new_tokens=1)
+    hundred = engine.prompt([{"role": "user", "content": "word " * 100}])
+    text = "word " * (90 * slots.keep_limit // token // len(hundred.ids))
+    engine.ask(None, text, max_new_tokens=1)
     assert engine.memory().kept > 0.8 * slots.keep_limit
-    room = slots.limit // token - len(first.prompt_tokens) - 50
+    asked = engine.prompt([{"role": "user", "content": text + "Why?"}])
+    room = slots.limit // token - len(asked.ids) - 2
     other = engine.ask(None, text + "Why?", max_new_tokens=room, stop=["a", "e", "i", "o", "u", "<"], timeout=120)
     assert other.stop_reason == "stop"
 

@@ -70,7 +70,7 @@ class Grammars:
         """JSON text of a schema, given as a mapping or as text; properties come in the schema's order."""
         try:
             parsed = json.loads(schema if isinstance(schema, str) else json.dumps(dict(schema)))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise OptionError(f"json_schema is not JSON: {error}") from error
         if not isinstance(parsed, dict):
             raise OptionError(f"json_schema must be an object, not {parsed!r}")

@@ -234,7 +234,10 @@ _STRATEGIES = {"image_id_slices": image_id_slices, "bracketed_slices": bracketed
 def _unused_characters(text: str) -> tuple[str, str]:
     """Two characters that `text` does not hold: Unicode noncharacters, which no tokenizer or template gives a meaning."""
     unused = (c for c in map(chr, itertools.chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE))) if c not in text)
-    return next(unused), next(unused)
+    pair = tuple(itertools.islice(unused, 2))
+    if len(pair) < 2:
+        raise PromptError("the prompt holds every private character there is; leave some out")
+    return pair[0], pair[1]
 
 
 def _mend(text: str) -> str:
