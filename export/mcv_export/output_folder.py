@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,8 @@ _NO_REPLACE, _EXCHANGE = 1, 2
 """Flags of renameat2(2)."""
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
 """What file systems answer that cannot lock folders, write them through, or exchange names."""
+_PATIENCE = 60.0
+"""Seconds that a build waits for another that looks at the same folder; then it goes on, for somebody else holds the lock."""
 _log = logging.getLogger(__name__)
 
 
@@ -70,7 +73,10 @@ def output_folder(out: Path, checkpoint: Path, *, force: bool) -> Iterator[Path]
 
 @contextmanager
 def claimed_folder(place: Path, suffix: str) -> Iterator[Path]:
-    """A folder beside `place` that vanishes at the end; what killed builds of `place` left is removed first."""
+    """A folder beside `place` that vanishes at the end; what killed builds of `place` left is removed first.
+
+    It stays locked: a build into a folder right inside of it would wait for that lock.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     with _locked(place.parent):
         _sweep(place)
@@ -213,6 +219,15 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
+def _taken(handle: int) -> bool:
+    """Whether the lock was free, and is ours now."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
 def _locked(parent: Path) -> Iterator[None]:
     """Keep other builds from looking at what lies in `parent`, for a moment."""
@@ -221,8 +236,10 @@ def _locked(parent: Path) -> Iterator[None]:
         return
     handle = os.open(parent, os.O_RDONLY)
     try:
+        deadline = time.monotonic() + _PATIENCE
         with suppress(OSError):  # where there are no locks, two builds at once may end in an error, not in a loss
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            while not _taken(handle) and time.monotonic() < deadline:
+                time.sleep(0.05)
         yield
     finally:
         os.close(handle)

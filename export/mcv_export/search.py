@@ -52,7 +52,7 @@ def search_recipe(
     plan = recognise(opened.config).plan(opened)
     start = resolved(options.chosen(), [graph.name for graph in plan.graphs if not graph.shares])
     with failures(beside), claimed_folder(place, ".search") as folder:
-        attempts = _Attempts(folder, checkpoint, options, samples, measuring, progress)
+        attempts = _Attempts(folder / "attempts", checkpoint, options, samples, measuring, progress)
         return find_recipe(start, attempts.measure, attempts.ladder, gate, attempts.costs)
 
 

@@ -258,6 +258,24 @@ def test_two_builds_at_once(tmp_path: Path) -> None:
     assert names(tmp_path) == ["b", "b.c"]
 
 
+def test_builds_inside_of_a_search(tmp_path: Path) -> None:
+    with claimed_folder(tmp_path / "b", ".search") as folder:
+        replace(folder / "attempts/1", force=False)
+        assert content(folder / "attempts/1") == "new"
+    assert names(tmp_path) == []
+
+
+def test_a_lock_of_somebody_else_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    try:
+        module.fcntl.flock(handle, module.fcntl.LOCK_EX)
+        replace(tmp_path / "b", force=False)
+    finally:
+        os.close(handle)
+    assert names(tmp_path) == ["b"]
+
+
 def test_where_there_are_no_locks_leftovers_are_named(
     tmp_path: Path, killed: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
