@@ -457,11 +457,12 @@ def test_coroutines(engine):
 
     async def given_up():
         ticket = engine.submit(request())
-        task = asyncio.ensure_future(ticket._finished())
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        with engine._scheduler.exclusive():  # nothing goes on before it is given up
+            task = asyncio.ensure_future(ticket._finished())
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
         return ticket
 
     async def all_of_them():
