@@ -16,7 +16,6 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -67,30 +66,40 @@ def compared(bundle: Path, before: tuple[Path, Path], threads: int) -> dict[str,
 
 def shared(bundle: Path, threads: int) -> dict[str, Any]:
     """Gaps, throughput and copies in one engine."""
-    from mcv_runtime import Options, Request, load
+    from mcv_runtime import Event, Options, Request, Ticket, load
 
     engine = load(bundle, threads=threads)
     side = engine.bundle.manifest.image.scale_resolution
     pixels = np.random.default_rng(0).integers(0, 256, (3 * side, 3 * side, 3), np.uint8)
-    engine.ask(pixels[:side, :side], "What?", max_new_tokens=2, max_slice_nums=1)
-    alone = engine.ask(pixels[:side, side : 2 * side], "What?", max_new_tokens=2, max_slice_nums=1)
-    slice_s = alone.timings.vision
-    options = Options(max_new_tokens=400, repetition_penalty=1.0, stop_token_ids=[])
-    running = engine.submit(Request(None, "Count to a thousand.", options=options))
-    next(running)
-    long = Request(pixels, "word " * 4096, options=Options(max_new_tokens=2, max_slice_nums=9))
-    ticket, gaps, last = engine.submit(long), [], time.perf_counter()
-    waiting = threading.Thread(target=ticket.result)
-    waiting.start()
-    while not ticket.done:
-        if next(running, None) is None:
-            break
+    alone = [
+        engine.ask(pixels[row : row + side, column : column + side], "What?", max_new_tokens=2, max_slice_nums=1).timings.vision
+        for row in (0, side)
+        for column in (0, side)
+    ]
+    slice_s = statistics.median(alone[1:])  # the first one warms up
+    tokens_a_word = len(engine.ask(None, "word " * 1000, max_new_tokens=1).prompt_tokens) / 1000
+    question = "word " * round(4096 / tokens_a_word)
+    gaps, last, long = [], 0.0, Request(pixels, question, options=Options(max_new_tokens=2, max_slice_nums=9))
+    read: list[Ticket] = []
+
+    def note(event: Event) -> None:
+        """After every token: the first one hands in the long request, the last one is when that is answered."""
+        nonlocal last
+        if event.stage != "answer":
+            return
         now = time.perf_counter()
-        gaps.append(now - last)
-        last = now
-    running.close()
-    waiting.join()
-    read = ticket.result()
+        if read:
+            gaps.append(now - last)
+            if read[0].done:
+                running.cancel()
+        else:
+            read.append(engine.submit(long))
+        last = time.perf_counter()
+
+    options = Options(max_new_tokens=2000, repetition_penalty=1.0, stop_token_ids=[], progress=note)
+    running = engine.submit(Request(None, "Count to a thousand.", options=options))
+    running.result()
+    answer = read[0].result()
     together = {}
     brief = Options(max_new_tokens=TOKENS, repetition_penalty=1.0)
     for rows in (1, 2, 4, 8, 16):
@@ -104,11 +113,12 @@ def shared(bundle: Path, threads: int) -> dict[str, Any]:
         }
     return {
         "slice_s": round(slice_s, 3),
+        "slices_alone_s": [round(seconds, 3) for seconds in alone],
         "longest_gap_s": round(max(gaps), 3),
         "longest_gap_over_slice": round(max(gaps) / slice_s, 2),
         "tokens_meanwhile": len(gaps),
-        "reading_s": round(read.timings.vision + read.timings.prefill, 1),
-        "prompt_tokens": len(read.prompt_tokens),
+        "reading_s": round(answer.timings.vision + answer.timings.prefill, 1),
+        "prompt_tokens": len(answer.prompt_tokens),
         "together": together,
     }
 

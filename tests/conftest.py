@@ -11,12 +11,14 @@ Every run draws the same examples; `make fuzz` draws others.
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,21 @@ for packed in GOLDEN.glob("*/checkpoint/*.gz"):  # a fifth smaller in the reposi
         partial.replace(packed.with_suffix(""))
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the commands do: a test leaves nothing at a developer's home
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.json"))
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], ModuleType]:
+    """Imports a script that lies beside this file, by name."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @dataclass(frozen=True)
@@ -263,7 +280,7 @@ def _read_prompt(
     engine: Any, prompt: Any, embeds: np.ndarray, chunk: int = 1 << 20, *, more: int = 0
 ) -> tuple[Any, Any, np.ndarray]:
     """A memory and a row in it that holds a prompt, with room for `more` tokens, and the logits [1, vocab] behind it."""
-    from mcv_runtime.decoding.slots import prompt_keys
+    from mcv_runtime.decoding.row import prompt_keys
 
     decoder, keys = engine._scheduler.decoder, prompt_keys(prompt)
     slots = decoder.new_slots()

@@ -18,7 +18,7 @@ from mcv_export.graph_files import Progress
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import CacheEntry, GraphSpec, TensorSpec
 from mcv_runtime.decoding.decoder import Decoder
-from mcv_runtime.decoding.slots import prompt_keys
+from mcv_runtime.decoding.row import prompt_keys
 from mcv_runtime.engine import load
 from mcv_runtime.errors import CheckpointError, McvError
 from mcv_runtime.sessions.graphs import cpu_session, session_options

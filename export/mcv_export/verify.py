@@ -27,7 +27,7 @@ from mcv_export.stored import check_weights, stored_module
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.decoding.decoder import Decoder
-from mcv_runtime.decoding.slots import prompt_keys
+from mcv_runtime.decoding.row import prompt_keys
 from mcv_runtime.engine import load
 from mcv_runtime.errors import CheckpointError
 from mcv_runtime.sessions.graphs import Session, cpu_session, session_options

@@ -272,7 +272,7 @@ class Engine:
     def load_chat(self, path: str | Path, *, options: Options | None = None, **changes: Unpack[Keywords]) -> Chat:
         """A conversation as `Chat.save` left it; raises `ChatFileError` for a damaged file or one of another bundle."""
         chosen = Options.of(options, changes)
-        with self._scheduler.exclusive():
+        with self._scheduler.work.exclusive():
             messages, row = read_chat(Path(path), self.bundle, self._scheduler.slots)
             return Chat(self.bundle, self._answerer, options=chosen, messages=messages, row=row)
 
@@ -325,7 +325,7 @@ class Engine:
 
     def forget(self) -> None:
         """Forget what earlier requests have read, and the pictures in memory; conversations keep their own."""
-        with self._scheduler.exclusive():
+        with self._scheduler.work.exclusive():
             self._scheduler.slots.clear()
             self._vision.cache.clear()
 

@@ -1,6 +1,6 @@
 """The README's table of families is the one that the families make, and it says what their plans say."""
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,13 +12,8 @@ from mcv_export.plan import Family
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("families_table", Path(__file__).parents[1] / "families_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("families_table")
 
 
 def test_readme_has_the_table(script: ModuleType) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mcv_runtime import Clip, OptionError, Options, Video
-from mcv_runtime.decoding.slots import prompt_keys
+from mcv_runtime.decoding.row import prompt_keys
 from mcv_runtime.request.preparation import shown
 
 PATCH = 14

@@ -176,7 +176,7 @@ def test_the_next_question_heeds_its_timeout_while_the_last_is_answered(engine):
     chat = engine.chat()
     stream = chat.stream(DEMO, CAPTION)
     next(stream)
-    with engine._scheduler.exclusive(), ThreadPoolExecutor(1) as pool:  # nothing goes on meanwhile
+    with engine._scheduler.work.exclusive(), ThreadPoolExecutor(1) as pool:  # nothing goes on meanwhile
         late = pool.submit(chat.ask, None, TEXT, timeout=0.01).result()
     assert (late.stop_reason, late.tokens) == ("timeout", ())
     assert "".join(stream)
@@ -457,7 +457,7 @@ def test_coroutines(engine):
 
     async def given_up():
         ticket = engine.submit(request())
-        with engine._scheduler.exclusive():  # nothing goes on before it is given up
+        with engine._scheduler.work.exclusive():  # nothing goes on before it is given up
             task = asyncio.ensure_future(ticket._finished())
             await asyncio.sleep(0)
             task.cancel()

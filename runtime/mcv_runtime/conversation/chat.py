@@ -12,7 +12,7 @@ from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.conversation.chat_file import write_chat
 from mcv_runtime.decoding.answering import Answerer
 from mcv_runtime.decoding.job import Job
-from mcv_runtime.decoding.slots import Row
+from mcv_runtime.decoding.row import Row
 from mcv_runtime.decoding.ticket import Ticket
 from mcv_runtime.request.answer import Answer
 from mcv_runtime.request.options import Keywords, Options
@@ -103,7 +103,7 @@ class Chat:
 
     def save(self, path: str | Path) -> None:
         """Write the conversation and what the model remembers of it to a file, all or nothing; raises `OutputError`."""
-        with self._at_rest(), self._answerer.scheduler.exclusive():
+        with self._at_rest(), self._answerer.scheduler.work.exclusive():
             row = self._row if self._row is not None and self._row.slot is not None else None
             write_chat(Path(path), self._bundle, self._messages, self._answerer.scheduler.slots, row)
 
@@ -123,7 +123,7 @@ class Chat:
         asked = self._asked
         if asked is not None:
             job = asked[0]
-            self._answerer.scheduler.wait(lambda: job.done, lambda: patience.ending is not None)
+            self._answerer.scheduler.work.wait(lambda: job.done, lambda: patience.ending is not None)
             if not job.done:
                 patience.check()
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.typed_json import parse
-from mcv_runtime.decoding.slots import Row, Slots
+from mcv_runtime.decoding.row import Row
+from mcv_runtime.decoding.slots import Slots
 from mcv_runtime.errors import BundleCorruptError, ChatFileError, OutputError
 from mcv_runtime.files import open_regular, parse_json
 from mcv_runtime.pictures.picture import Clip, Picture

@@ -16,8 +16,8 @@ from mcv_runtime.choosing.prompt_lookup import PromptLookup
 from mcv_runtime.choosing.sampling import Sampler
 from mcv_runtime.decoding.completing import PartialCompletion
 from mcv_runtime.decoding.job import Job
+from mcv_runtime.decoding.row import Row
 from mcv_runtime.decoding.scheduler import Scheduler
-from mcv_runtime.decoding.slots import Row
 from mcv_runtime.decoding.steps import Steps, decoded, guessed, searched
 from mcv_runtime.decoding.ticket import Ticket
 from mcv_runtime.errors import OptionError, RunError
@@ -118,7 +118,7 @@ class Answerer:
         job = Job(pictures=pictures, patience=Patience(None, None))
         self.scheduler.submit(job)
         try:
-            self.scheduler.wait(lambda: job.done)
+            self.scheduler.work.wait(lambda: job.done)
         finally:
             job.abandoned = True
         if job.error is not None:

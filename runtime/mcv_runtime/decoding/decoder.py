@@ -10,7 +10,8 @@ import numpy as np
 
 from mcv_runtime.bundle.manifest import GraphName, Manifest
 from mcv_runtime.decoding.arena import RESULT, ArenaFactory, HostArena
-from mcv_runtime.decoding.slots import Row, Slots
+from mcv_runtime.decoding.row import Row
+from mcv_runtime.decoding.slots import Slots
 from mcv_runtime.errors import OptionError
 from mcv_runtime.pictures.picture import Picture
 from mcv_runtime.sessions.graphs import Session, feed

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from mcv_runtime.choosing.prompt_lookup import PromptLookup
-from mcv_runtime.decoding.slots import Row
+from mcv_runtime.decoding.row import Row
 from mcv_runtime.decoding.steps import PROMPT, Steps, Want
 from mcv_runtime.pictures.picture import Picture, SlicedPicture
 from mcv_runtime.progress import Event, Progress, Stage
@@ -110,6 +110,11 @@ class Job:
     def took(self, phase: Phase, seconds: float) -> None:
         """So long was worked on it."""
         self.timings = replace(self.timings, **{phase: getattr(self.timings, phase) + seconds})
+
+    def wake(self) -> None:
+        """Tell those who wait that there may be something new."""
+        for waker in self.wakers:
+            waker()
 
     def note_token(self) -> None:
         """A token was chosen: how long after the one before."""

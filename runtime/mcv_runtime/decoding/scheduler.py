@@ -6,12 +6,9 @@ is no thread of its own: whoever waits for something, and finds nobody at work, 
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,7 +16,10 @@ import numpy as np
 from mcv_runtime.decoding.completing import check_logits
 from mcv_runtime.decoding.decoder import Decoder
 from mcv_runtime.decoding.job import Job
-from mcv_runtime.decoding.slots import Row, Slots, prompt_keys
+from mcv_runtime.decoding.row import Row, prompt_keys
+from mcv_runtime.decoding.shared_work import SharedWork
+from mcv_runtime.decoding.slots import Slots
+from mcv_runtime.decoding.stepping import arrange, read_alone, step
 from mcv_runtime.errors import OptionError, ResourceError, RunError
 from mcv_runtime.pictures.picture import SlicedPicture
 from mcv_runtime.request.answer import Answer, Completion, StopReason
@@ -33,8 +33,6 @@ _BESIDE_S, _ALONE_S = 0.4, 4.0
 _FIRST_CHUNK = 64
 """Tokens of the first piece, which shows how fast this machine reads."""
 _SMALLEST_CHUNK = 16
-_POLL_S = 0.05
-"""How often who waits for another thread's work looks whether to go on."""
 
 
 class Scheduler:
@@ -51,11 +49,8 @@ class Scheduler:
         self._max_rows, self._sides_exclude = max_rows, sides_exclude
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []  # the oldest first
-        self._changed = threading.Condition()
-        self._worker: int | None = None  # the thread that is at work
+        self.work = SharedWork(self._turn, lambda: bool(self._waiting))
         self._closed = False
-        self._awaited: set[Job] = set()
-        self._awaited_by = False
         self._long_is_due = False
         self._oldest_is_due = True
         self._side: Literal["vision", "decoder"] = "vision"
@@ -70,77 +65,15 @@ class Scheduler:
                 f"{job.rows_needed * job.tokens:,} tokens of keys and values take {need / 1e6:,.0f} MB, and memory_mb leaves"
                 f" {self.slots.limit / 1e6:,.0f}; raise it, or ask for fewer tokens or answers"
             )
-        with self._changed:
+        with self.work.changed:
             if self._closed:
                 raise RunError("the engine was closed")
             self._waiting.append(job)
-            self._changed.notify_all()
-
-    def wait(self, ready: Callable[[], bool], give_up: Callable[[], bool] | None = None) -> None:
-        """Return when `ready`, or when `give_up`; work on whatever there is until then, if nobody else does."""
-        while True:
-            with self._changed:
-                while not ready() and self._worker is not None:
-                    if self._worker == threading.get_ident():
-                        raise OptionError("the engine is at work in this very thread; ask it when that has returned")
-                    if give_up is not None and give_up():
-                        return
-                    self._changed.wait(None if give_up is None else _POLL_S)
-                if ready() or (give_up is not None and give_up()):
-                    return
-                self._worker = threading.get_ident()
-            try:
-                idle = not self._turn()
-            finally:
-                self._rest()
-            if idle:
-                with self._changed:  # only another thread can change anything now
-                    if not ready() and self._worker is None and not self._waiting:
-                        self._changed.wait(_POLL_S)
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Nobody steps meanwhile: for work on what requests share."""
-        with self._changed:
-            if self._worker == threading.get_ident():
-                raise OptionError("the engine is at work in this very thread; ask it when that has returned")
-            self._changed.wait_for(lambda: self._worker is None)
-            self._worker = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._rest()
-
-    def work_for(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
-        """See to it that a thread of the loop's executor works until the job is done; one for all that are awaited."""
-        with self._changed:
-            self._awaited.add(job)
-            if self._awaited_by:
-                return
-            self._awaited_by = True
-        loop.run_in_executor(None, self._work_for_awaited)
-
-    def _work_for_awaited(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    self._awaited = {job for job in self._awaited if not job.done}
-                    if not self._awaited:
-                        self._awaited_by = False
-                        return
-                    job = next(iter(self._awaited))
-                self.wait(lambda job=job: job.done)  # type: ignore[misc]
-        except BaseException:
-            with self._changed:
-                self._awaited_by = False
-                awaited, self._awaited = self._awaited, set()
-            for job in awaited:
-                _wake(job)  # they look for another thread
-            raise
+            self.work.changed.notify_all()
 
     def close(self) -> None:
         """End all requests with an error, and take no more."""
-        with self.exclusive():
+        with self.work.exclusive():
             self._closed = True
             for job in [*self._active, *self._waiting]:
                 self._fail(job, RunError("the engine was closed"))
@@ -149,14 +82,9 @@ class Scheduler:
     @property
     def load(self) -> tuple[int, int, int]:
         """Requests that decode, that are encoded or read, and that wait."""
-        with self._changed:
+        with self.work.changed:
             decoding = sum(job.decoding for job in self._active)
             return decoding, len(self._active) - decoding, len(self._waiting)
-
-    def _rest(self) -> None:
-        with self._changed:
-            self._worker = None
-            self._changed.notify_all()
 
     def _turn(self) -> bool:
         """A token for every row, or one long thing; whether there was anything to do."""
@@ -181,7 +109,7 @@ class Scheduler:
         for job in list(self._active):
             if reason := job.ending():
                 self._end(job, reason)
-        with self._changed:
+        with self.work.changed:
             over = [job for job in self._waiting if job.ending()]
             for job in over:
                 self._waiting.remove(job)
@@ -191,7 +119,7 @@ class Scheduler:
 
     def _activate(self) -> None:
         """Begin with those who have waited longest, as long as their rows fit beside the others."""
-        with self._changed:
+        with self.work.changed:
             rows = sum(job.rows_needed for job in self._active)
             while self._waiting and (not self._active or rows + self._waiting[0].rows_needed <= self._max_rows):
                 job = self._waiting.popleft()
@@ -226,13 +154,13 @@ class Scheduler:
         tokens: dict[Row, int] = {}
         for job in together:
             try:
-                self._arrange(job)
+                arrange(self.slots, job)
             except Exception as error:
                 self._fail(job, error)
             else:
                 assert job.want is not None
                 tokens |= {row: wanted[0] for row, wanted in zip(job.rows, job.want.tokens, strict=True)}
-        logits = self._step(tokens)
+        logits = step(self.slots, self.decoder, tokens)
         seconds = time.perf_counter() - start
         for job in together:
             if not job.done:
@@ -242,25 +170,11 @@ class Scheduler:
             if job.lookup is not None and not job.done:
                 start = time.perf_counter()
                 try:
-                    job.got = self._read_alone(job)
+                    job.got = read_alone(self.slots, self.decoder, job)
                 except Exception as error:
                     self._fail(job, error)
                 job.took("decode", time.perf_counter() - start)
         self._deliver()
-
-    def _step(self, tokens: dict[Row, int]) -> dict[Row, NDArray[np.float32] | Exception]:
-        """Logits [vocab] for every row; where rows cannot run together, each runs by itself and fails by itself."""
-        found: dict[Row, NDArray[np.float32] | Exception] = {}
-        for rows in self.slots.ranges(tokens) if tokens else ():
-            try:
-                found |= zip(rows, self.decoder.step(self.slots, rows, [tokens[row] for row in rows]), strict=True)
-            except Exception as error:
-                for row in rows:
-                    try:
-                        found[row] = error if len(rows) == 1 else self.decoder.step(self.slots, [row], [tokens[row]])[0]
-                    except Exception as own:
-                        found[row] = own
-        return found
 
     def _take(self, job: Job, found: Sequence[NDArray[np.float32] | Exception]) -> None:
         logits = []
@@ -270,44 +184,6 @@ class Scheduler:
                 return
             logits.append(one)
         job.got = np.stack(logits)
-
-    def _read_alone(self, job: Job) -> NDArray[np.float32]:
-        """Read several tokens of a job's only row; logits [tokens, vocab] of what follows each."""
-        assert job.want is not None
-        wanted, again = list(job.want.tokens[0]), job.again
-        if not wanted and not again:
-            return np.empty((0, 0), np.float32)
-        places = range(len(again), len(again) + len(wanted))
-        logits = self.decoder.read(self.slots, job.rows[0], [*again, *wanted], wanted=places)
-        job.again = []
-        return logits
-
-    def _arrange(self, job: Job) -> None:
-        """Give a job's rows the beginnings that it wants: of several that go on from one, all but the first are copies."""
-        assert job.want is not None and job.prompt is not None
-        parents, rows = job.want.parents, job.rows
-        if list(parents) == list(range(len(rows))):
-            return
-        left = {index: row for index, row in enumerate(rows) if index not in parents}
-        spare = list(left.values())
-        arranged: list[Row | None] = []
-        seen: set[int] = set()
-        for parent in parents:
-            arranged.append(None if parent in seen else rows[parent])
-            seen.add(parent)
-        for place, parent in enumerate(parents):
-            if arranged[place] is not None:
-                continue
-            if spare:
-                row = spare.pop()
-                self.slots.replace(row, rows[parent], len(job.prompt.ids))
-            else:
-                row = self.slots.fork(rows[parent], job.tokens)
-                job.rows = [*job.rows, row]  # so that it is not lost if the next one fails
-            arranged[place] = row
-        for row in spare:
-            self.slots.drop(row)
-        job.rows = [row for row in arranged if row is not None]
 
     def _deliver(self) -> None:
         """Send logits to those who decide, and note what they want next."""
@@ -339,7 +215,7 @@ class Scheduler:
                 return
             raise
         if len(job.pieces) > before:
-            _wake(job)
+            job.wake()
 
     # Long things
 
@@ -390,7 +266,7 @@ class Scheduler:
             if other is not job:
                 other.patience.pause(seconds)
         self._oldest_is_due = not self._oldest_is_due
-        _wake(job)
+        job.wake()
         return True
 
     def _look(self, job: Job) -> bool:
@@ -520,9 +396,4 @@ class Scheduler:
         job.owner = job.own = None
         job.given_up = job.abandoned
         job.done = True
-        _wake(job)
-
-
-def _wake(job: Job) -> None:
-    for waker in job.wakers:
-        waker()
+        job.wake()

@@ -1,73 +1,26 @@
 """One memory for everything that a decoder has read: what runs, what is being read, and beginnings kept for later requests.
 
-A *row* is one sequence in that memory: the slot in which it lies, its keys and its length. All rows share one budget.
+All rows share one budget. `slots` decides who stays, `placement` where rows lie, `arena` how.
 """
 
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mcv_runtime.bundle.manifest import CacheEntry
 from mcv_runtime.decoding.arena import Arena, ArenaFactory, HostArena, States, state_bytes, token_bytes
-from mcv_runtime.pictures.picture import Picture
-from mcv_runtime.text.prompts import Prompt
+from mcv_runtime.decoding.placement import side_by_side
+from mcv_runtime.decoding.row import Row
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _SLOTS, _CAPACITY = 32, 4096
 """Of an empty memory, which grows: slots, and tokens in each. What is not written to takes no memory."""
-
-
-def prompt_keys(prompt: Prompt, pictures: Sequence[Picture] = ()) -> NDArray[np.int64]:
-    """Keys of a prompt's tokens, [1 or 4, tokens]: ids (of visual tokens, which one of which picture), and positions."""
-    keys = prompt.ids.copy()
-    start = 0
-    for picture in pictures:
-        places = prompt.visual_positions[start : start + len(picture.embeds)]
-        keys[places] = -1 - (int(picture.fingerprint[:14], 16) + np.arange(len(places)))
-        start += len(places)
-    return keys[None] if prompt.positions is None else np.vstack((keys, prompt.positions))
-
-
-@dataclass(eq=False, slots=True, weakref_slot=True)
-class Row:
-    """One sequence in the memory; `slot` is None once it is there no more."""
-
-    slot: int | None
-    keys: NDArray[np.int64]
-    """As `prompt_keys`, one column for each token that was read."""
-    reserved: int = 0
-    """Tokens that it may grow to."""
-    touched: int = 0
-    """Most tokens that its slot has held: what takes memory."""
-    before: int = 0
-    """Its length before the last run."""
-    checkpoints: dict[int, States] = field(default_factory=dict)
-    """States of fixed size after so many tokens, where the decoder has such: other lengths cannot be gone back to."""
-    used: int = 0
-    """When it was used last: the lower, the longer ago."""
-    kept: bool = False
-    """Nobody runs or reads it: it may be forgotten."""
-    spare: int = 0
-    """Bytes that are set aside for rows that will be forked from it."""
-    owners: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-    """Conversations that go on from here."""
-
-    @property
-    def length(self) -> int:
-        return int(self.keys.shape[1])
-
-    @property
-    def next_position(self) -> int:
-        """Of the token that is read next, on every axis."""
-        return self.length if len(self.keys) == 1 else int(self.keys[1:].max(initial=-1)) + 1
 
 
 class Slots:
@@ -224,7 +177,7 @@ class Slots:
             return
         row.kept, row.reserved, row.spare, row.used = True, 0, 0, next(self._clock)
         for other in [other for other in self.rows if other.kept and other is not row]:
-            if not other.owners and _begins_with(row.keys, other.keys):
+            if not other.owners and row.begins_with(other):
                 self.drop(other)
         while self.kept_bytes > self.keep_limit:
             self._evict(None)
@@ -248,10 +201,10 @@ class Slots:
 
     def ranges(self, rows: Iterable[Row]) -> list[list[Row]]:
         """The rows in groups that run together, ordered by slot: on a host one, its slots side by side, which costs copies."""
-        ordered = self._gathered(list(rows))
         if self.arena.widest == 1:
-            return [[row] for row in ordered]
-        self._align(ordered)
+            return [[row] for row in rows]
+        ordered, copied = side_by_side(self.arena, self.rows, list(rows))
+        self.copied += copied
         return [ordered]
 
     def export(self, row: Row) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -355,63 +308,6 @@ class Slots:
         if not self.rewindable and length < source.length:
             for entry, state in zip(self._fixed, source.checkpoints[length], strict=True):
                 self.arena.write(target.slot, entry, state, length)
-
-    def _gathered(self, rows: list[Row]) -> list[Row]:
-        """The rows by slot, brought side by side with the least copying."""
-        slots = sorted(row.slot for row in rows if row.slot is not None)
-        count = len(slots)
-        if self.arena.widest > 1 and count and slots[-1] - slots[0] >= count:
-            at = {row.slot: row for row in self.rows}
-            moving = set(slots)
-
-            def cost(first: int) -> int:
-                window = range(first, first + count)
-                inside = sum(at[slot].length for slot in window if slot in at and slot not in moving)
-                return inside + sum(at[slot].length for slot in slots if slot not in window)
-
-            first = min(range(self.arena.slots - count + 1), key=cost)
-            window = range(first, first + count)
-            places = (slot for slot in window if slot not in moving)
-            for slot in slots:
-                if slot not in window:
-                    self._swap(at[slot], next(places))
-        return sorted(rows, key=lambda row: row.slot or 0)
-
-    def _swap(self, row: Row, slot: int) -> None:
-        """Move a row to a slot; who is there takes its place."""
-        assert row.slot is not None
-        old, arena = row.slot, self.arena
-        other = next((one for one in self.rows if one.slot == slot), None)
-        before = 0 if other is None else other.touched
-        aside = None if other is None else [arena.read(slot, entry, other.length) for entry in self._entries]
-        arena.turns[slot] = arena.turns[old]
-        self.copied += arena.copy(old, slot, 0, row.length)
-        arena.release(old)
-        row.slot, row.touched = slot, max(row.length, before)
-        if other is not None and aside is not None:
-            other.slot, other.touched = old, other.length
-            for entry, values in zip(self._entries, aside, strict=True):
-                arena.write(old, entry, values, other.length)
-                self.copied += values.nbytes
-
-    def _align(self, rows: Sequence[Row]) -> None:
-        """Bring the states of all rows into the same buffer: those of the fewest move."""
-        if self.rewindable:
-            return
-        turns = self.arena.turns
-        turn = int(2 * sum(int(turns[row.slot]) for row in rows) > len(rows))
-        for row in rows:
-            assert row.slot is not None
-            if turns[row.slot] != turn:
-                states = [self.arena.read(row.slot, entry, row.length) for entry in self._fixed]
-                turns[row.slot] = turn
-                for entry, state in zip(self._fixed, states, strict=True):
-                    self.arena.write(row.slot, entry, state, row.length)
-                self.copied += self._state_bytes
-
-
-def _begins_with(keys: NDArray[np.int64], beginning: NDArray[np.int64]) -> bool:
-    return np.array_equal(keys[:, : beginning.shape[1]], beginning)
 
 
 def _check(entry: CacheEntry, values: NDArray[Any], length: int) -> None:

@@ -28,7 +28,7 @@ class Ticket(Iterator[str], AsyncIterator[str]):
         """The next piece of text; the answer is the value of the `StopIteration` at the end."""
         job = self._job
         while True:
-            self._scheduler.wait(lambda: bool(job.pieces or job.events or job.done))
+            self._scheduler.work.wait(lambda: bool(job.pieces or job.events or job.done))
             self._tell()
             with suppress(IndexError):  # another thread was faster
                 return job.pieces.popleft()
@@ -39,7 +39,7 @@ class Ticket(Iterator[str], AsyncIterator[str]):
         """The answer, once it is finished; raises what went wrong with the request."""
         job = self._job
         while not job.done or job.events:
-            self._scheduler.wait(lambda: bool(job.events or job.done))
+            self._scheduler.work.wait(lambda: bool(job.events or job.done))
             self._tell()
         return self._outcome()
 
@@ -97,7 +97,7 @@ class Ticket(Iterator[str], AsyncIterator[str]):
         self._job.wakers.append(wake)
         try:
             while not ready():
-                self._scheduler.work_for(self._job, loop)
+                self._scheduler.work.work_for(self._job, loop)
                 await woken.wait()
                 woken.clear()
         except asyncio.CancelledError:
@@ -136,7 +136,7 @@ def finish_first(tickets: Sequence[Ticket]) -> None:
     jobs = [ticket._job for ticket in tickets]
     first = jobs[0]
     while not first.done or first.events:
-        tickets[0]._scheduler.wait(lambda: first.done or any(job.events for job in jobs))
+        tickets[0]._scheduler.work.wait(lambda: first.done or any(job.events for job in jobs))
         for ticket in tickets:
             with suppress(Exception):
                 ticket._tell()
