@@ -68,6 +68,19 @@ def test_while_a_prompt_is_read_others_go_on(engine):
     assert 0 < answer.timings.longest_gap < answer.timings.decode + long.result().timings.prefill
 
 
+@pytest.mark.parametrize("token_s", [None, 1e-9, 1e9])
+def test_how_fast_a_prompt_is_read_is_learnt_from_what_was_read(engine, token_s):
+    """A first piece, or one during which the machine slept, does not decide how the rest is read."""
+    engine.ask(None, "?", max_new_tokens=1)  # too short to tell
+    engine._scheduler._token_s = token_s
+    read = []
+    options = Options(max_new_tokens=1, progress=lambda event: event.stage == "prompt" and read.append(event.done))
+    answer = engine.ask(None, "? " * 600, options=options)
+    first, *others = np.diff([answer.reused_tokens, *read])
+    assert first == {None: 64, 1e-9: 512, 1e9: 16}[token_s]
+    assert max(others) > 64
+
+
 def test_joining_copies_nothing_and_leaving_moves_one_row(engine):
     slots = engine._scheduler.slots
     first = engine.stream(None, "one two three", max_new_tokens=30, stop_token_ids=[], repetition_penalty=1.3)

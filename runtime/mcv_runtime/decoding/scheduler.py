@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _BESIDE_S, _ALONE_S = 0.4, 4.0
 """How long a piece of a prompt may take: while others wait for their next token, and while nobody does."""
 _FIRST_CHUNK = 64
-"""Tokens of the first piece, which shows how fast this machine reads."""
+"""Tokens of a piece that shows how fast this machine reads."""
 _SMALLEST_CHUNK = 16
 
 
@@ -312,7 +312,9 @@ class Scheduler:
         if end == stop:
             self.slots.checkpoint(row)
         seconds = time.perf_counter() - start
-        self._token_s = seconds / (end - first)
+        token_s = seconds / (end - first)
+        if end - first >= _FIRST_CHUNK or token_s < (self._token_s or 0):  # of a short piece, most is reading the weights
+            self._token_s = token_s
         job.took("prefill", seconds)
         job.report("prompt", end, len(prompt.ids))
         if end == len(prompt.ids):
