@@ -1,7 +1,7 @@
 # make demo    ask the embedded model about a picture
 # make test    linters, types, import contracts and tests, with the same examples in every run
 # make fuzz    the tests that draw their examples, with new ones for MINUTES
-# make stress  the tests that wait for something, RUNS times beside LOAD busy processes
+# make stress  the tests that wait for something, RUNS times (AT_ONCE together) beside LOAD busy processes
 # All set up .venv themselves.
 
 PYTHON ?= python3
@@ -11,6 +11,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 MINUTES ?= 5
 RUNS ?= 10
+AT_ONCE ?= 1
 LOAD ?= 8
 
 .PHONY: demo test fuzz stress clean
@@ -29,7 +30,7 @@ fuzz: .venv/.dev
 	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 stress: .venv/.dev
-	$(BIN)/python tests/stress.py --runs $(RUNS) --load $(LOAD)
+	$(BIN)/python tests/stress.py --runs $(RUNS) --at-once $(AT_ONCE) --load $(LOAD)
 
 clean:
 	rm -rf .venv build *.egg-info
