@@ -39,13 +39,14 @@ def content_hash(*parts: str) -> str:
 class Store:
     """A folder of named arrays. `origin` tells apart what is measured: the checkpoint's `fingerprint` and the graph's name.
 
-    `every` is after how many samples a calibration that is under way is kept. A folder that cannot be written is warned of
-    once and then done without.
+    `every` is after how many samples a calibration that is under way is kept. A folder that cannot be written, or that a user
+    without a home has not, is warned of once and then done without.
     """
 
     def __init__(self, origin: str, folder: Path | None = None, *, every: int = 8) -> None:
         self._origin, self.every = origin, every
-        self._folder = cache_folder() / "calibration" if folder is None else folder
+        cache = cache_folder() if folder is None else None
+        self._folder = folder if cache is None else cache / "calibration"
         self._writable = True
 
     def key(self, *parts: str) -> str:
@@ -54,8 +55,7 @@ class Store:
 
     def load(self, key: str) -> dict[str, NDArray[Any]] | None:
         """The arrays of an entry; None if there is none, or it is damaged and has been removed."""
-        path = self._path(key)
-        if not path.exists():
+        if self._folder is None or not (path := self._folder / f"{key}.npz").exists():
             return None
         try:
             whole = open_regular(path, error=OSError, within=path.parent)
@@ -71,7 +71,11 @@ class Store:
         """Replace an entry as a whole: whoever reads sees the old one or the new one."""
         if not self._writable:
             return
-        path = self._path(key)
+        if self._folder is None:
+            self._writable = False
+            _log.warning("there is no home folder, and MCV_CACHE is not set: this calibration cannot be continued later")
+            return
+        path = self._folder / f"{key}.npz"
         partial = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +95,3 @@ class Store:
         finally:
             if partial is not None:
                 partial.unlink(missing_ok=True)
-
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{key}.npz"

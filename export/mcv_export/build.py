@@ -31,7 +31,7 @@ from mcv_runtime.bundle.manifest import FILE_NAME, GraphName, GraphSpec, Manifes
 from mcv_runtime.errors import BundleCorruptError, CheckpointError, printable
 
 _COMPUTED = re.compile(
-    r"(?:^|\.)(?:(?:original_)?inv_freq|(?:cos|sin)_cached|position_ids|resampler\.(?:temporal_)?pos_embed)$"
+    r"(?:^|\.)(?:(?:original_|long_|short_)?inv_freq|(?:cos|sin)_cached|position_ids|causal_mask|resampler\.(?:temporal_)?pos_embed)$"
 )
 """Buffers that every model computes anew, and that older transformers, or a plain `state_dict`, save with the weights."""
 

@@ -36,7 +36,7 @@ from mcv_graphs.layers import Linear
 from mcv_runtime.bundle.checked import cache_folder
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.engine import Engine
-from mcv_runtime.errors import OptionError
+from mcv_runtime.errors import OptionError, OutputError
 from mcv_runtime.sessions.graphs import Session
 
 CalibrationProgress = Callable[[str, int, int], None]
@@ -170,13 +170,15 @@ class _Bench:
             self.progress(f"{self.graph.name}: gptq", len(done), len(layers))
 
         key = content_hash(self._origin(found), self.samples.content_hash(), repr(sorted(formats.items(), key=str)))
-        folder = (self.options.store or cache_folder()) / "gptq" / key
+        folder = self.options.store or cache_folder()
+        if folder is None:
+            raise OutputError("gptq keeps what it has done in the home folder, and there is none; set MCV_CACHE to a folder")
         blocks = quantize_layers(
             cast(AnyDecoder, module),
             states,
             lambda path: sources[f"{path}.weight"].all(),
             formats,
-            folder,
+            folder / "gptq" / key,
             progress=advance,
         )
         return replace(found, blocks=blocks)

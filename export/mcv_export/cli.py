@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -314,12 +315,14 @@ def report_command(
     from mcv_export.adapters import find_adapter
     from mcv_export.calibrate import SampleOptions
     from mcv_export.hub import locate
-    from mcv_export.report import ReportOptions, keep, keep_in_bundle, report_on
+    from mcv_export.report import ReportOptions, keep, keep_in_bundle, report_on, require_report
     from mcv_export.report_table import print_report
 
     gate = Gate(max_kl=max_kl, min_agreement=min_agreement)
     if out is None and not as_json and len(bundles) - (model is None) > 1:
         raise OptionError("a report on several bundles belongs to none of them: say where to write it with --out FOLDER")
+    if out is not None:
+        require_report(out)
     checkpoint = None if model is None else locate(model, revision=revision, cache_dir=cache_dir)
     if checkpoint is None:
         _no_adapters_alone(adapter)
@@ -397,7 +400,7 @@ def _print_result(result: BuildResult) -> None:
     Console().print(table)
     typer.echo(
         f"peak memory {peak_rss_mb():.0f} MB\n"
-        f"ask it something: mcv-run -m {result.folder} --image photo.jpg --prompt 'What is this?'"
+        f"ask it something: mcv-run -m {shlex.quote(str(result.folder))} --image photo.jpg --prompt 'What is this?'"
     )
 
 

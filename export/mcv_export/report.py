@@ -15,7 +15,7 @@ import onnxruntime as ort
 from mcv_calibration.accuracy import MAX_NEW_TOKENS
 from mcv_calibration.contender import Contender
 from mcv_calibration.gate import Gate
-from mcv_calibration.report import HTML_NAME, JSON_NAME, Calls, Progress, Report, make_report
+from mcv_calibration.report import FORMAT, HTML_NAME, JSON_NAME, Calls, Progress, Report, make_report
 from mcv_calibration.report_html import render
 from mcv_calibration.samples import SampleSet
 from mcv_calibration.sensitivity import BlockError
@@ -34,6 +34,9 @@ from mcv_runtime.bundle.manifest import FILE_NAME, GraphName
 from mcv_runtime.errors import CheckpointError, OptionError, OutputError
 
 CHECKPOINT = "the checkpoint"
+
+_BEGINNING = f'{{\n "format": {FORMAT},'.encode()
+"""Of every `report.json`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +164,17 @@ def judge(
         gate.check(bundle)
     keep_in_bundle(made, folder)
     return made.report
+
+
+def require_report(folder: Path) -> None:
+    """Raise `OutputError` where a file is in the way that no report of ours wrote."""
+    try:
+        with (folder / JSON_NAME).open("rb") as file:
+            is_ours = file.read(len(_BEGINNING)) == _BEGINNING
+    except OSError:
+        is_ours = not any(os.path.lexists(folder / name) for name in (JSON_NAME, HTML_NAME))
+    if not is_ours:
+        raise OutputError(f"{folder} has a {JSON_NAME} or {HTML_NAME} that is none of a bundle; choose another folder")
 
 
 def keep(made: Reported, folder: Path) -> None:

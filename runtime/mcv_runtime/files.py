@@ -7,15 +7,16 @@ A stranger's are all files but ours: pictures, videos, checkpoints, bundles, cac
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from mcv_runtime.errors import shown
+from mcv_runtime.errors import printable, shown
 
 MakeError: TypeAlias = Callable[[str], Exception]
 
@@ -130,16 +131,22 @@ def parse_json(
     Refused are a text that is too long or nested too deeply, a key that stands twice in an object (readers differ in which
     of the two they take), numbers that are not finite, and halves of characters, which nobody could write down again.
     """
+    strange: list[float] = []
 
-    def refuse_constant(name: str) -> float:
-        raise ValueError(f"{name} is no number")
+    def number(written: str) -> float:
+        value = float(written)
+        if not math.isfinite(value):
+            strange.append(value)
+        return value
 
     if len(text) > max_bytes:
         raise error(f"{what} has more than {max_bytes:,} bytes")
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = json.loads(text, object_pairs_hook=_unrepeated, parse_float=_finite, parse_constant=refuse_constant)
+        value = json.loads(text, object_pairs_hook=_unrepeated, parse_float=number, parse_constant=number)
         _require_shallow(value, max_depth)
+        if strange:
+            raise ValueError(f"{next(_not_finite(value))} is no number")
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError:
@@ -178,11 +185,16 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _finite(text: str) -> float:
-    number = float(text)
-    if number - number != 0:
-        raise ValueError(f"{shown(text)} is beyond any number")
-    return number
+def _not_finite(value: Any, place: str = "") -> Iterator[str]:
+    """Where in a value are numbers that are not finite, as `key.key[index]=NaN`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{printable(place)[:200]}={json.dumps(value)}".removeprefix("=")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{place}.{key}" if place else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{place}[{index}]")
 
 
 def _require_shallow(value: Any, max_depth: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mcv_calibration.store import Store, content_hash, fingerprint
-from mcv_runtime.bundle.checked import cache_folder
+from mcv_runtime.bundle.checked import cache_folder, known, remember
 
 ARRAYS = {"a/b": np.arange(5000, dtype=np.float32), "done": np.array(3)}
 
@@ -118,6 +118,25 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache_folder() == tmp_path / "xdg" / "mcv"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "mcv"
+    monkeypatch.setenv("MCV_CACHE", "~nobody-of-that-name/x")
+    assert cache_folder() == Path("~nobody-of-that-name/x")
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("MCV_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert cache_folder() is None
+    store = Store("origin")
+    for _ in range(2):
+        store.save(store.key("x"), {"a": np.zeros(3)})
+    assert store.load(store.key("x")) is None
+    assert caplog.text.count("no home folder") == 1
+    remember(tmp_path, ["a"])
+    assert known(tmp_path) == frozenset()
 
 
 def test_a_checkpoint_that_was_written_again_is_another(tmp_path: Path) -> None:

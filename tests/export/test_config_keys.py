@@ -100,7 +100,7 @@ def test_a_key_that_nobody_weighed(family: str, file: str, key: str, value: Any,
 def test_another_language_model(family: str, key: str, value: Any, copy_checkpoint: Callable[..., Path]) -> None:
     folder = copy_checkpoint(family, lambda config: language(config).update({key: value}))
     other = {"rope_scaling": "|ntk-by-parts", "num_attention_heads": "|asks for", "partial_rotary_factor": "|short_factor"}
-    other["rms_norm_eps"] = "|NaN is no number"
+    other["rms_norm_eps"] = "=NaN is no number"
     said = key + other.get(key, "")
     with pytest.raises(CheckpointError, match=said):
         resolve(planned(folder).graphs[-1], open_checkpoint(folder))  # the shapes say so, where the config alone does not

@@ -129,6 +129,15 @@ def test_nothing_to_compare_with(q8: Path, bundle_of: Callable[..., Path], run: 
     assert "name it with --model" in err
 
 
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_a_report_of_somebody_else_stays(name: str, q8: Path, bundle_of: Callable[..., Path], tmp_path: Path, run: Run) -> None:
+    (tmp_path / name).write_text('{"mine": 1}')
+    code, _, err = run("report", q8, bundle_of("minicpmv2_6"), "--out", tmp_path)
+    assert code == 2
+    assert "none of a bundle" in err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"mine": 1}']
+
+
 def test_a_checkpoint_of_another_model(q8: Path, golden_root: Path, run: Run) -> None:
     code, _, err = run("report", q8, "--model", golden_root / "minicpmv4_6" / "checkpoint")
     assert code == 2

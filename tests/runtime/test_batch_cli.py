@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from mcv_runtime import OptionError, Options, OutputError, Request, load
-from mcv_runtime.command.batch_cli import answer_batch, check_batch
+from mcv_runtime import Answer, OptionError, Options, OutputError, Request, load
+from mcv_runtime.command.batch_cli import answer_batch, check_batch, regions_report
 from mcv_runtime.command.batch_input import Defaults
+from mcv_runtime.request.answer import Timings
 
 DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
 TEXT, CAPTION = "What does the text say?", "Describe the picture."
@@ -107,6 +109,23 @@ def test_every_row_has_its_answer_or_its_error(engine, folder):
     assert len(answered[13]["alternatives"]) == 1
     assert (code, notices.count("\n")) == (1, 1)
     assert "4 rows answered, 9 failed" in notices
+
+
+def test_regions_where_places_are_asked_for(engine, folder):
+    rows = [
+        {"image": "pictures/a.png", "grounding": True},
+        {"image": "pictures/a.png"},
+        {"images": ["pictures/a.png"] * 2, "grounding": True},
+    ]
+    run(engine, put(folder / "in.jsonl", rows), folder / "out.jsonl")
+    assert [row.get("regions") for row in read(folder / "out.jsonl")] == [[], None, None]
+    seen = SimpleNamespace(size=(200, 100))
+    answer = Answer(
+        text="<ref>it</ref><box>0 0 500 1000</box>", tokens=(), stop_reason="stop", prompt_tokens=(), timings=Timings(),
+        pictures=(seen,),
+    )  # fmt: skip
+    said = {"shape": "box", "points": ((0, 0), (100, 100)), "label": "it"}
+    assert regions_report(answer, asked=True) == {"regions": [said]}
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

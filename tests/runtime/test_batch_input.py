@@ -120,12 +120,28 @@ def test_what_is_no_path_is_not_repeated(tmp_path, name, value):
         assert value[:80] in json.dumps(found.said[name])
 
 
+def test_a_row_names_plain_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "self.png").symlink_to("/proc/self/status")
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "fine.png").symlink_to("a.png")
+    for name in ("image", "images", "video"):
+        for path in ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0", "/proc/self/environ", "/dev/../dev/zero", "/dev/null"):
+            assert "is not a plain file" in row(tmp_path, **{name: path}).error
+        for path in ("pipe.png", "link.png", "zero.png", "self.png", "folder", "~/../../dev/tty"):
+            assert "is not a plain file" in row(tmp_path, **{name: ["a.png", path]}).error
+    assert row(tmp_path, images=["fine.png", "a.png", "gone.png"]).error == ""
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ('{"id": 1, "id": 2}', "the key 'id' stands twice"),
-        ('{"temperature": NaN}', "NaN is no number"),
-        ('{"timeout": 1e999}', "beyond any number"),
+        ('{"temperature": NaN}', "temperature=NaN is no number"),
+        ('{"timeout": 1e999}', "timeout=Infinity is no number"),
         ('{"id": ' + "[" * 1000 + "]" * 1000 + "}", "nested more than 64 levels"),
         ("[" * 100_000, "not JSON"),
         ('{"id": 1', "not JSON"),

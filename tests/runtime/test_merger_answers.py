@@ -150,6 +150,20 @@ def test_answer_is_the_golden_text(engine_of, golden_root, merger_family):
     assert answer.text == case["greedy_text"].strip()
 
 
+@pytest.mark.parametrize("family", ["minicpmv4_6", "minicpmv2_6"])
+def test_an_ordinary_token_that_ends_an_answer(family, engine_of, drawn):
+    """Decoded with skip_special_tokens by the published code of 4.6; of the earlier models, chat() cuts what ended off."""
+    engine = engine_of(family)
+    said = engine.ask(drawn, "What is it?", max_new_tokens=8)
+    decode = engine._answerer._tokenizer.decode
+    place = next(i for i in range(1, 8) if said.tokens[i] not in said.tokens[:i] and decode(said.tokens[i : i + 1]).strip())
+    ended = engine.ask(drawn, "What is it?", max_new_tokens=8, stop_token_ids=[said.tokens[place]])
+    assert (ended.stop_reason, ended.tokens) == ("stop", said.tokens[: place + 1])
+    shown = ended.tokens if family == "minicpmv4_6" else ended.tokens[:-1]
+    special = set(engine.bundle.manifest.text.dropped_ids)
+    assert ended.text == decode([token for token in shown if token not in special]).strip()
+
+
 @pytest.mark.parametrize("precision", ["q8", "q4"])
 def test_quantized_bundles_answer(merger_family, precision, engine_of, drawn):
     engine = engine_of(merger_family, precision)

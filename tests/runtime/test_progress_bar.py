@@ -62,7 +62,7 @@ def test_what_is_shown(clock):
 
 @pytest.mark.parametrize("columns", [10, 30, 40, 200])
 def test_a_narrow_terminal(clock, columns, monkeypatch):
-    monkeypatch.setattr("mcv_runtime.command.progress_bar._columns", lambda stream: columns)
+    monkeypatch.setattr("mcv_runtime.command.progress_bar.columns", lambda stream: columns)
     screen = Screen()
     bar = ProgressBar(screen, clock)
     for done in range(0, 2049, 512):

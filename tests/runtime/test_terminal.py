@@ -1,7 +1,10 @@
 """How commands end: by an error, or by a signal that unwinds what is under way."""
 
+import io
+import logging
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -70,3 +73,32 @@ def test_a_complaint_is_one_short_printable_line(capsys):
     printed = capsys.readouterr().err
     assert printed.startswith(r"mcv: \x1b[31m aaa") and printed.endswith("...\n")
     assert len(printed) < 2100 and printed[:-1].isprintable()
+
+
+def test_what_a_library_logs_is_a_notice(capsys):
+    def work():
+        logging.getLogger("mcv_runtime.pictures").warning("%s has several pages\n\x1b[31m", "a.tif")
+        logging.getLogger("somebody.else").error("something")
+        logging.getLogger("mcv_runtime").info("detail")
+
+    before = logging.getLogger().handlers[:]
+    assert ended(work) == 0
+    assert capsys.readouterr().err == "mcv: a.tif has several pages \\x1b[31m\nmcv: something\n"
+    assert logging.getLogger().handlers == before
+
+
+def test_a_notice_over_a_progress_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(terminal, "secure_streams", lambda: None)
+    monkeypatch.setattr(sys, "stderr", screen)
+
+    def work():
+        screen.write("\rpictures 3 of 9 [####     ]")
+        logging.getLogger("mcv_runtime").warning("short")
+
+    assert ended(work) == 0
+    assert screen.getvalue().split("\r")[-1] == "mcv: short".ljust(79) + "\n"

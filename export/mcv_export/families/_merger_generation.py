@@ -100,6 +100,7 @@ def plan(checkpoint: Checkpoint, traits: Traits) -> ModelPlan:
             vocab_size=decoder.vocab_size,
             context_length=decoder.context_length,
             dropped_ids=texts.special_ids(checkpoint),
+            stop_token="decoded",
             template_variables=texts.template_variables(checkpoint, template),
             positions=traits.positions,
             newline_id=texts.newline_id(checkpoint, config) if traits.positions == "canvas" else None,

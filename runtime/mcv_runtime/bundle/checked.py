@@ -14,21 +14,25 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from mcv_runtime.files import read_regular
+from mcv_runtime.files import at_home, read_regular
 
 _KNOWN_BYTES = 1 << 16
 _log = logging.getLogger(__name__)
 
 
-def cache_folder() -> Path:
-    """`$MCV_CACHE`, else where this system keeps what may be deleted."""
+def cache_folder() -> Path | None:
+    """`$MCV_CACHE`, else where this system keeps what may be deleted; None for a user without a home."""
     if chosen := os.environ.get("MCV_CACHE"):
-        return Path(chosen).expanduser()
-    if platform.system() == "Darwin":
-        return Path.home() / "Library" / "Caches" / "mcv"
-    if platform.system() == "Windows" and (local := os.environ.get("LOCALAPPDATA")):
+        return at_home(chosen)
+    system = platform.system()
+    if system == "Windows" and (local := os.environ.get("LOCALAPPDATA")):
         return Path(local) / "mcv" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mcv"
+    if system != "Darwin" and (chosen := os.environ.get("XDG_CACHE_HOME")):
+        return Path(chosen) / "mcv"
+    try:
+        return Path.home() / ("Library/Caches" if system == "Darwin" else ".cache") / "mcv"
+    except RuntimeError:
+        return None
 
 
 def file_key(path: Path, sha256: str) -> str:
@@ -43,10 +47,12 @@ def known(bundle: Path) -> frozenset[str]:
     """The keys of the bundle's files that were right."""
     try:
         path = _entry(bundle)
+        if path is None:
+            return frozenset()
         if hasattr(os, "getuid") and path.lstat().st_uid != os.getuid():
             return frozenset()  # somebody else's word
         return frozenset(read_regular(path, error=OSError, within=path.parent, max_bytes=_KNOWN_BYTES).decode().split())
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home
+    except (OSError, ValueError):
         return frozenset()
 
 
@@ -54,6 +60,8 @@ def remember(bundle: Path, keys: Collection[str]) -> None:
     """Have `known` say these from now on."""
     try:
         path = _entry(bundle)
+        if path is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, unfinished = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
         try:
@@ -63,10 +71,11 @@ def remember(bundle: Path, keys: Collection[str]) -> None:
         except BaseException:
             Path(unfinished).unlink(missing_ok=True)
             raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         _log.debug("%s is hashed again next time: %s", bundle, error)
 
 
-def _entry(bundle: Path) -> Path:
+def _entry(bundle: Path) -> Path | None:
+    folder = cache_folder()
     name = hashlib.sha256(os.path.realpath(bundle).encode(errors="surrogatepass")).hexdigest()
-    return cache_folder() / "checked" / name
+    return None if folder is None else folder / "checked" / name

@@ -176,6 +176,8 @@ class TextSpec:
     """What stands between pictures and texts of one message."""
     dropped_ids: tuple[Id, ...] = ()
     """Ids that the family removes from an answer before it is decoded."""
+    stop_token: Literal["hidden", "decoded"] = "hidden"
+    """What becomes of the token that ends an answer: it is left out, or decoded like any other that is not dropped."""
     template_variables: Mapping[str, str] = field(default_factory=dict)
     """What the chat template may name: `bos_token` and the like."""
     positions: Literal["sequential", "canvas"] = "sequential"

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -123,7 +124,8 @@ class _Run:
             self.failed += 1
             return {**said, "error": found}
         self.answered += 1
-        return {**said, **_told(answer), "request": row.digest}
+        asked = row.request is not None and bool(row.request.options.grounding)
+        return {**said, **_told(answer), **regions_report(answer, asked=asked), "request": row.digest}
 
     def _show(self, event: Event) -> None:
         of = f" of {self._total:,}" if self._total else ""
@@ -145,6 +147,11 @@ def completion_report(completion: Completion) -> dict[str, Any]:
     """One of several answers, as JSON has it."""
     names = ("text", "tokens", "stop_reason", "logprobs", "score")
     return {name: getattr(completion, name) for name in names}
+
+
+def regions_report(answer: Answer, *, asked: bool) -> dict[str, Any]:
+    """The places that an answer names in its one picture, as JSON has them; nothing where nobody asked for places."""
+    return {"regions": [asdict(region) for region in answer.regions()]} if asked and len(answer.pictures) == 1 else {}
 
 
 def _line(error: Exception) -> str:

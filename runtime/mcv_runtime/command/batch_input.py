@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -87,7 +88,9 @@ def _file(path: Path, defaults: Defaults) -> Iterator[BatchRow]:
     def located(text: str) -> Path:
         if is_address(text) or len(text) > _PATH_CHARACTERS:
             raise OptionError(f"{_cut(text)} is no path of a file; save what it stands for, and name that file")
-        return path.parent / at_home(text)
+        found = path.parent / at_home(text)
+        _require_plain(found)
+        return found
 
     try:
         with path.open("rb") as file:
@@ -98,6 +101,21 @@ def _file(path: Path, defaults: Defaults) -> Iterator[BatchRow]:
                     yield _parsed(number, line, located, defaults)
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _require_plain(path: Path) -> None:
+    """Raise `OptionError` for a pipe, a device, or what a system tells of its processes: a row may be a stranger's.
+
+    What `mcv-run` itself is given on its command line, a pipe for example, is its user's own.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # not there, or no name: said when it is opened
+        return
+    spelled = os.path.normpath(path), os.path.realpath(path)
+    of_the_system = any(re.match(r"/proc/|/dev/(fd/|[^/]+$)", name) for name in spelled)
+    if of_the_system or not stat.S_ISREG(status.st_mode):
+        raise OptionError(f"{shown(str(path))} is not a plain file; a row names pictures and videos that are saved as files")
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:

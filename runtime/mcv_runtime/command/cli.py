@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ import typer
 
 from mcv_runtime.bundle import folder as bundles
 from mcv_runtime.command import cli_options, terminal
-from mcv_runtime.command.batch_cli import BATCH_SIZE, answer_batch, check_batch, completion_report
+from mcv_runtime.command.batch_cli import BATCH_SIZE, answer_batch, check_batch, completion_report, regions_report
 from mcv_runtime.command.batch_input import Defaults
 from mcv_runtime.command.chat_cli import TerminalChat, chat_lines
 from mcv_runtime.command.progress_bar import ProgressBar, print_answer
@@ -171,7 +170,6 @@ def _bundle(named: Path | None) -> Path:
 def report(answer: Answer, *, regions: bool = False) -> dict[str, Any]:
     """The object that `--json` prints; `regions`: with the places that the text names in the one picture."""
     timings = answer.timings
-    found = [asdict(region) for region in answer.regions()] if regions and len(answer.pictures) == 1 else None
     return {
         "text": answer.text,
         "tokens": answer.tokens,
@@ -195,7 +193,7 @@ def report(answer: Answer, *, regions: bool = False) -> dict[str, Any]:
         "reused_tokens": answer.reused_tokens,
         "drafted": answer.drafted,
         "accepted": answer.accepted,
-        **({} if found is None else {"regions": found}),
+        **regions_report(answer, asked=regions),
     }
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
 from typing import TextIO
 
+from mcv_runtime.command.streams import columns
 from mcv_runtime.decoding.ticket import Ticket
 from mcv_runtime.progress import Event
 from mcv_runtime.request.answer import Answer
@@ -40,7 +40,7 @@ class ProgressBar:
         if self._silent or now < self._next:
             return
         self._next = now + _PAUSE_S
-        room = _columns(self._stream) - 1  # a character in the last column would wrap
+        room = columns(self._stream) - 1  # a character in the last column would wrap
         cells = min(_CELLS, room - len(text) - 3)
         if total and cells >= 4:
             text += f" [{'#' * (cells * min(done, total) // total):<{cells}}]"
@@ -86,10 +86,3 @@ def counted(event: Event) -> str:
         return f"answering, {event.done:,} tokens"
     of = f" of {event.total:,}" if event.total else ""
     return f"reading {event.done:,}{of} tokens" if event.stage == "prompt" else f"{event.stage} {event.done:,}{of}"
-
-
-def _columns(stream: TextIO) -> int:
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError):  # no such thing as a size there
-        return 80

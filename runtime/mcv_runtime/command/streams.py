@@ -35,6 +35,14 @@ def is_closed(stream: TextIO) -> bool:
     return getattr(stream, "name", None) == os.devnull
 
 
+def columns(stream: TextIO) -> int:
+    """How wide a terminal is."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):  # no such thing as a size there
+        return 80
+
+
 def _occupy(number: int) -> None:
     """Have something at a stream's number: the next file that is opened would get it, and with it what a library prints."""
     try:

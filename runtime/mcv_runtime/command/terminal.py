@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from mcv_runtime.command.streams import secure_streams
+from mcv_runtime.command.streams import columns, secure_streams
 from mcv_runtime.errors import McvError, printable
 
 USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 1
@@ -34,7 +35,7 @@ def finish(work: Callable[[], int | None], name: str, *, interrupted: str = "") 
     for variable in _NO_TELEMETRY:
         os.environ.setdefault(variable, "1")
     try:
-        with _ended_by_signals():
+        with _ended_by_signals(), _logged_lines(name):
             code = work() or 0
         if code == INTERRUPTED:  # typer returns this after Ctrl-C
             raise KeyboardInterrupt
@@ -81,6 +82,34 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for each in taken:
             signal.signal(each, signal.SIG_DFL)
+
+
+@contextmanager
+def _logged_lines(name: str) -> Iterator[None]:
+    """Have what the libraries log for their hosts be notices of the command, a line each."""
+    handler = _Lines(name)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    """Says warnings on stderr; on a terminal, over what a progress bar has drawn there."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(logging.WARNING)
+        self._name = name
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = one_line(f"{self._name}: {record.getMessage()}")
+            if sys.stderr.isatty():
+                line = f"\r{line:<{columns(sys.stderr) - 1}}"
+            typer.echo(line, err=True)
+        except Exception:
+            self.handleError(record)
 
 
 def one_line(complaint: str) -> str:

@@ -158,11 +158,16 @@ class Answerer:
         return PartialCompletion(
             settings,
             self._tokenizer,
-            hidden=settings.stop_ids.union(self._dropped(settings)),
+            hidden=self._hidden(settings),
             limit=limit,
             sampler=Sampler(sampling),
             constraint=constraint,
         )
+
+    def _hidden(self, settings: Settings) -> frozenset[int]:
+        """What never becomes text. The end of a form is no part of it, whatever the family does with other ends."""
+        ends_show = self._manifest.text.stop_token == "decoded" and settings.guide is None
+        return self._dropped(settings) | (frozenset() if ends_show else settings.stop_ids)
 
     def _dropped(self, settings: Settings) -> frozenset[int]:
         """What the family removes from an answer; who asks for places sees their marks."""
