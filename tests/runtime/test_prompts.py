@@ -8,7 +8,8 @@ import pytest
 from mcv_runtime.bundle.manifest import PlaceholderSpec, TextSpec
 from mcv_runtime.errors import BundleCorruptError, PromptError
 from mcv_runtime.pictures.slicing import SliceGrid
-from mcv_runtime.text.prompts import ChatTemplate, Message, PromptBuilder, image_id_slices
+from mcv_runtime.text.prompts import Message, PromptBuilder, image_id_slices
+from mcv_runtime.text.template import ChatTemplate
 from mcv_runtime.text.tokens import TextTokenizer
 
 ONE = SliceGrid(overview=(448, 448))
