@@ -15,9 +15,9 @@ from mcv_calibration.recipe import Precision, Recipe
 from mcv_calibration.samples import SampleSet
 from mcv_export.adapters import Adapter, open_merged
 from mcv_export.calibrate import SampleOptions, calibrate
-from mcv_export.checkpoint import Checkpoint
+from mcv_export.checkpoint import Checkpoint, commit_of
 from mcv_export.families import recognise
-from mcv_export.file_specs import folder_specs
+from mcv_export.file_specs import checkpoint_specs, folder_specs
 from mcv_export.graph_files import DataFile, Progress, storage_of, write_graph, write_sharing_graph
 from mcv_export.int8_cache import add_int8_cache, int8_cache_spec
 from mcv_export.output_folder import check_output, output_folder
@@ -149,7 +149,8 @@ def build(
             plan.manifest,
             family=family.name,
             model=model or checkpoint_folder.resolve().name,
-            revision=revision,
+            revision=commit_of(checkpoint_folder) or revision,
+            checkpoint=checkpoint_specs(checkpoint_folder),
             adapters=checkpoint.adapters,
             quantization=recipe.to_data(),
             tools={name: importlib.metadata.version(name) for name in _tools(options)},

@@ -334,4 +334,5 @@ def _now(form: str) -> str:
 
 
 def _said(error: Exception) -> str:
-    return printable(" ".join(str(error).split())[:200]) or type(error).__name__
+    message = error.message if isinstance(error, jinja2.TemplateError) else str(error)  # of a syntax, without where it is
+    return printable(" ".join(str(message or "").split())[:200]) or type(error).__name__
