@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -112,3 +113,13 @@ def test_an_array_whose_header_is_no_python(engine, saved, npy):
     with pytest.raises(ChatFileError, match="is damaged") as said:
         engine.load_chat(path)
     assert str(said.value).isprintable()
+
+
+def test_a_conversation_is_on_the_disk_before_it_takes_its_name(engine, tmp_path, monkeypatch):
+    path, written = tmp_path / "chat.mcv", []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (written.append((os.fstat(handle).st_ino, path.exists())), sync(handle)))
+    chat = engine.chat(max_new_tokens=1)
+    chat.ask(PICTURE, "What is this?")
+    chat.save(path)
+    assert written == [(path.stat().st_ino, False)]
