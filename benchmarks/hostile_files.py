@@ -61,6 +61,22 @@ def attempt(kind: str, numbers: list[int], seed: int, limit_s: float) -> dict[st
     return {"endings": dict(endings), "most_memory_mb": most_memory, "longest_cpu_s": most_time, "wrong": wrong}
 
 
+def merged(paths: list[Path]) -> dict[str, Any]:
+    """The results of several runs, of other kinds or other seeds, as one."""
+    kinds: dict[str, dict[str, Any]] = {}
+    seeds: set[int] = set()
+    for path in paths:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        seeds |= {said["seed"]} if "seed" in said else set(said["seeds"])
+        for kind, found in said["kinds"].items():
+            known = kinds.setdefault(kind, {"endings": {}, "most_memory_mb": 0, "longest_cpu_s": 0.0, "wrong": []})
+            known["endings"] = dict(collections.Counter(known["endings"]) + collections.Counter(found["endings"]))
+            known["wrong"] += found["wrong"]
+            for most in ("most_memory_mb", "longest_cpu_s"):
+                known[most] = max(known[most], found[most])
+    return {"seeds": sorted(seeds), "kinds": {kind: kinds[kind] for kind in KINDS if kind in kinds}}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
@@ -70,7 +86,11 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="The one file of this number.")
     parser.add_argument("--limit-s", type=float, default=20)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--merge", type=Path, nargs="+", help="Results of earlier runs, to be written to --out as one.")
     wanted = parser.parse_args()
+    if wanted.merge:
+        wanted.out.write_text(json.dumps(merged(wanted.merge), indent=2) + "\n", encoding="utf-8")
+        return 0
     found, began = {}, time.monotonic()
     for kind in [wanted.kind] if wanted.kind else KINDS:
         count = wanted.count or round(KINDS[kind][1] * wanted.share)

@@ -2,8 +2,8 @@
 
     python benchmarks/kills.py [--kills 200] [--full 50] [--seed 0] [--out benchmarks/results/kills.json]
 
-Half of the kills are of builds onto a bundle that is there, half of batches, whose file of requests changes between them. A
-full disk is a limit of the size of a file (RLIMIT_FSIZE), which lets a write fail halfway as one does. Each runs in a fork.
+One kill in five is of a build onto a bundle that is there, the others of batches, whose file of requests changes between them.
+A full disk is a limit of the size of a file (RLIMIT_FSIZE), which lets a write fail halfway as one does. Each runs in a fork.
 """
 
 from __future__ import annotations
@@ -270,8 +270,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["MCV_CACHE"] = str(Path(scratch) / "cache-of-checks")
         trial = Trial(Path(scratch), Random(wanted.seed))
-        said = {"seed": wanted.seed, "builds": kill_builds(trial, wanted.kills // 2)}
-        said |= {"batches": kill_batches(trial, wanted.kills - wanted.kills // 2)}
+        said = {"seed": wanted.seed, "batches": kill_batches(trial, wanted.kills - wanted.kills // 5)}
+        print(json.dumps(said), flush=True)
+        said |= {"builds": kill_builds(trial, wanted.kills // 5)}
         said |= {"full disk": fill_disks(trial, wanted.full), "two at once": start_two(trial, wanted.twice)}
     said |= {"wrong": trial.wrong, "seconds": round(time.monotonic() - began)}
     print(json.dumps(said, indent=2))

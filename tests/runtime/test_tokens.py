@@ -98,6 +98,15 @@ def test_a_tokenizer_that_blows_texts_up_is_refused(name):
     assert TextTokenizer(small_tokenizer(normalizer=usual)).encode("aa") == [2, 2, 2]
 
 
+def test_ids_beyond_any_vocabulary_are_refused():
+    """llguidance makes a table with a place for each."""
+    with pytest.raises(BundleCorruptError, match="it has the id 4294967295"):
+        TextTokenizer(small_tokenizer(model={"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []}))
+    token = {"id": 2**31, "content": "<x>", "special": True}
+    with pytest.raises(BundleCorruptError, match="it has the id 2147483648"):
+        TextTokenizer(small_tokenizer(added_tokens=[token]))
+
+
 class PanicException(BaseException):
     """As pyo3 makes it: no exception that anything handles."""
 

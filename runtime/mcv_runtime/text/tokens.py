@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from mcv_runtime.errors import BundleCorruptError, PromptError, printable
 from mcv_runtime.panics import no_panics
 
+_MOST_ID = 1 << 24
 _MOST_PARTS, _MOST_GROWTH = 64, 64.0
 """Steps in which a tokenizer changes a text, and how many times as long they may make it; published ones: 8, and 1."""
 
@@ -110,7 +111,12 @@ class TextTokenizer:
 
 
 def _check_parts(settings: dict[str, Any]) -> None:
-    """Raise `ValueError` for a tokenizer that would blow a text up."""
+    """Raise `ValueError` for a tokenizer that would blow a text up, or tables with a place for every id."""
+    vocab = settings["model"].get("vocab")
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token["id"] for token in settings.get("added_tokens") or ()]
+    if max(ids, default=0) > _MOST_ID:
+        raise ValueError(f"it has the id {max(ids)}, and not at most {_MOST_ID:,}")
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         parts = list(_parts(settings.get(name)))
         growth = 1.0
