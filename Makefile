@@ -2,6 +2,8 @@
 # make test    linters, types, import contracts and tests, with the same examples in every run
 # make fuzz    the tests that draw their examples, with new ones for MINUTES
 # make stress  the tests that wait for something, RUNS times (AT_ONCE together) beside LOAD busy processes
+# make lock    the newest versions that fit, with hashes, in requirements/
+# make sbom    what a container holds, as CycloneDX, in build/sbom.json
 # All set up .venv themselves.
 
 PYTHON ?= python3
@@ -14,7 +16,7 @@ RUNS ?= 10
 AT_ONCE ?= 1
 LOAD ?= 8
 
-.PHONY: demo test fuzz stress clean
+.PHONY: demo test fuzz stress lock sbom clean
 
 demo: .venv/.runtime
 	$(BIN)/mcv-run --image models/tiny/demo.png --prompt "What does the text say?"
@@ -44,8 +46,25 @@ clean:
 	touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --retries 1 --timeout 30 --extra-index-url $(TORCH_INDEX) "torch>=2.13,<2.14"
+	# One index at a time: what both have would else come from whichever claims the higher version.
+	$(BIN)/pip install --quiet --retries 1 --timeout 30 --no-deps --index-url $(TORCH_INDEX) "torch>=2.13,<2.14" || true
 	$(BIN)/pip install --quiet -e ".[dev]"
 	# Without its needs: it asks for a torchvision that may not fit the torch above, for picture transforms that no test uses.
 	$(BIN)/pip install --quiet --no-deps "timm==1.0.22"
 	touch $@ .venv/.runtime
+
+# Tools of their own, which nothing here imports.
+.venv/.tools: .venv/bin/python
+	$(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/pip install --quiet "uv>=0.9" "cyclonedx-bom>=7"
+	touch $@
+
+LOCK := .venv/tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade pyproject.toml
+
+lock: .venv/.tools
+	$(LOCK) --extra guided --extra video --output-file requirements/runtime.txt
+	$(LOCK) --extra dev --constraint requirements/runtime.txt --output-file requirements/dev.txt
+
+sbom: .venv/.tools
+	mkdir -p build
+	.venv/tools/bin/cyclonedx-py requirements requirements/runtime.txt --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json

@@ -15,9 +15,9 @@ from mcv_calibration.recipe import Precision, Recipe
 from mcv_calibration.samples import SampleSet
 from mcv_export.adapters import Adapter, open_merged
 from mcv_export.calibrate import SampleOptions, calibrate
-from mcv_export.checkpoint import Checkpoint
+from mcv_export.checkpoint import Checkpoint, commit_of
 from mcv_export.families import recognise
-from mcv_export.file_specs import folder_specs
+from mcv_export.file_specs import checkpoint_specs, folder_specs
 from mcv_export.graph_files import DataFile, Progress, storage_of, write_graph, write_sharing_graph
 from mcv_export.int8_cache import add_int8_cache, int8_cache_spec
 from mcv_export.output_folder import check_output, output_folder
@@ -29,6 +29,8 @@ from mcv_export.texts import copy_texts
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import FILE_NAME, GraphName, GraphSpec, Manifest
 from mcv_runtime.errors import BundleCorruptError, CheckpointError, printable
+from mcv_runtime.text.template import ChatTemplate
+from mcv_runtime.text.tokens import TextTokenizer
 
 _COMPUTED = re.compile(
     r"(?:^|\.)(?:(?:original_|long_|short_)?inv_freq|(?:cos|sin)_cached|position_ids|causal_mask|resampler\.(?:temporal_)?pos_embed)$"
@@ -121,6 +123,7 @@ def build(
         resolve(graph, checkpoint)  # what is wrong with a tensor is said now, not when minutes of calibration are over
     with output_folder(out, checkpoint_folder, force=options.force) as folder:
         copy_texts(checkpoint, folder, plan.chat_template)
+        _require_texts(folder, plan)
         calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
         if options.text_graphs:
             write_text_graphs((folder / plan.text.tokenizer).read_text(encoding="utf-8"), folder)
@@ -149,7 +152,8 @@ def build(
             plan.manifest,
             family=family.name,
             model=model or checkpoint_folder.resolve().name,
-            revision=revision,
+            revision=commit_of(checkpoint_folder) or revision,
+            checkpoint=checkpoint_specs(checkpoint_folder),
             adapters=checkpoint.adapters,
             quantization=recipe.to_data(),
             tools={name: importlib.metadata.version(name) for name in _tools(options)},
@@ -193,6 +197,15 @@ def _require_readable(plan: ModelPlan, family: str) -> None:
         Manifest.from_json(plan.manifest(family=family, model="", graphs={}).to_json())
     except BundleCorruptError as error:
         raise CheckpointError(f"the checkpoint's configuration cannot be used: {error}") from None
+
+
+def _require_texts(folder: Path, plan: ModelPlan) -> None:
+    """Raise `CheckpointError` for a tokenizer or a template that no runtime would take, before anything is calibrated."""
+    try:
+        TextTokenizer((folder / plan.text.tokenizer).read_text(encoding="utf-8"))
+        ChatTemplate((folder / plan.text.chat_template).read_text(encoding="utf-8"), plan.text.template_variables)
+    except BundleCorruptError as error:
+        raise CheckpointError(str(error).replace("the bundle's", "the checkpoint's", 1)) from None
 
 
 def _reject_unknown_tensors(plan: ModelPlan, checkpoint: Checkpoint, title: str) -> None:

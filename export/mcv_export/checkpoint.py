@@ -177,6 +177,13 @@ def _read_shards(folder: Path, shards: list[str], weight_map: Mapping[str, str])
     return tensors
 
 
+def commit_of(folder: Path) -> str | None:
+    """The commit of a folder in the hub's cache, `models--OWNER--NAME/snapshots/COMMIT`; None for any other folder."""
+    folder = folder.absolute()
+    in_cache = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+    return folder.name if in_cache and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+
+
 def require_floats(tensor: CheckpointTensor) -> None:
     """Raise `CheckpointError` for a tensor whose numbers are no plain floats; one that is merged looks at its own."""
     if isinstance(tensor, StoredTensor | LoadedTensor):

@@ -252,14 +252,25 @@ def verify(
     adapter: Adapters = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="minisign's public key, or its file: the manifest must be signed with it.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check every file's sha256 and, given the checkpoint, compare the graphs with torch on a sample picture."""
+    """Check every file's sha256, the manifest's signature and, given the checkpoint, the graphs against torch on a picture."""
+    signed = None
+    if key is not None:
+        from mcv_export.signature import PublicKey, check_signature
+
+        signed = check_signature(bundle, PublicKey.read(key))
+        if not as_json:
+            typer.echo(f"signed: {signed}")
     opened = Bundle.open(bundle)
     checked = sum(1 for _ in opened.verify())
     if model is None:
         _no_adapters_alone(adapter)
-        typer.echo(json.dumps({"files": checked}) if as_json else f"{checked} files are as built")
+        told = {"files": checked} if signed is None else {"files": checked, "signed": signed}
+        typer.echo(json.dumps(told) if as_json else f"{checked} files are as built")
         return
     from mcv_export.adapters import find_adapter
     from mcv_export.hub import locate

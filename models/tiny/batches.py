@@ -21,7 +21,8 @@ from torch import Tensor
 from mcv_runtime.bundle.manifest import ImageSpec, PlaceholderSpec, TextSpec
 from mcv_runtime.pictures.patches import PatchedSlice, cut, patch_slice
 from mcv_runtime.pictures.slicing import Size, SliceGrid, adaptive_grid
-from mcv_runtime.text.prompts import ChatTemplate, Message, PromptBuilder
+from mcv_runtime.text.prompts import Message, PromptBuilder
+from mcv_runtime.text.template import ChatTemplate
 from mcv_runtime.text.tokens import TextTokenizer
 
 QUERIES = 8

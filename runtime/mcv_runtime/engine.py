@@ -37,7 +37,8 @@ from mcv_runtime.sessions.graphs import GraphSessions, SessionFactory
 from mcv_runtime.sessions.graphs import session_options as default_session_options
 from mcv_runtime.sessions.memory import machine_memory
 from mcv_runtime.sessions.providers import CPU, device_of, provider_session
-from mcv_runtime.text.prompts import ChatTemplate, Prompt, PromptBuilder
+from mcv_runtime.text.prompts import Prompt, PromptBuilder
+from mcv_runtime.text.template import ChatTemplate
 from mcv_runtime.text.tokens import TextTokenizer
 from mcv_runtime.vision.encoder import VisionEncoder
 from mcv_runtime.vision.picture_cache import CACHE_DIR_MB, PictureCache, vision_identity

@@ -1,5 +1,6 @@
 """Building: what a bundle holds, and that its graphs are the checkpoint's."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mcv_export import cli
 from mcv_export.build import BuildOptions, build
+from mcv_export.checkpoint import commit_of
 from mcv_runtime import load
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.errors import BundleError
@@ -178,3 +180,21 @@ def test_verify_needs_a_list(bundles: dict[str, Path], tmp_path: Path, run: Call
 def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="mcv-export build"):
         load(tmp_path)
+
+
+def test_a_bundle_says_what_it_was_built_from(golden_bundle, golden_root):
+    folder = golden_root / "minicpmv2_6" / "checkpoint"
+    manifest = Bundle.open(golden_bundle).manifest
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= manifest.checkpoint.keys()
+    for name, spec in manifest.checkpoint.items():
+        data = (folder / name).read_bytes()
+        assert (spec.size, spec.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert manifest.revision is None
+
+
+def test_the_commit_of_a_download(tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert commit_of(tmp_path / "models--openbmb--MiniCPM-V-2_6" / "snapshots" / commit) == commit
+    assert commit_of(tmp_path / "models--openbmb--MiniCPM-V-2_6" / "snapshots" / "main") is None
+    assert commit_of(tmp_path / "mine" / "snapshots" / commit) is None
+    assert commit_of(tmp_path / "models--openbmb--MiniCPM-V-2_6") is None

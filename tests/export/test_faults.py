@@ -121,6 +121,17 @@ def test_no_weights_tokenizer_or_template(fails: Callable[..., str], checkpoint:
     assert "has no weights" in fails(checkpoint)
 
 
+def test_texts_that_no_runtime_takes(fails: Callable[..., str], checkpoint: Path) -> None:
+    """Found before anything is calibrated."""
+    (checkpoint / "chat_template.jinja").write_text("{{ messages | batch(10**9, 0) | list }}")
+    assert fails(checkpoint) == "the checkpoint's chat template cannot be used: No filter named 'batch'."
+    (checkpoint / "chat_template.jinja").unlink()
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 1000}
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert "the checkpoint's tokenizer cannot be used: its normalizer would make a text many times as long" in fails(checkpoint)
+
+
 def test_output_exists(fails: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "bundle").mkdir(parents=True)
     assert "--force" in fails(checkpoint)

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -197,9 +198,9 @@ def test_a_grammar_is_compiled_once(tokenizer_json, monkeypatch):
             {"not": {"type": "string"}, "unevaluatedItems": False},
             "json_schema cannot be used: .*unevaluatedItems",
         ),
-        ("json_schema", "{a", "json_schema is not JSON: "),
+        ("json_schema", "{a", r"json_schema is not JSON \("),
         ("json_schema", "[1]", r"json_schema must be an object, not \[1\]"),
-        ("json_schema", {"const": {1}}, "json_schema is not JSON: "),
+        ("json_schema", {"const": {1}}, r"json_schema is not JSON \("),
         ("regex", "(a", "regex cannot be used: unclosed group"),
         ("regex", "(?=a)b", "regex cannot be used: look-around"),
         ("regex", r"[^\s\S]", "regex cannot be used: nothing fits it"),
@@ -207,6 +208,10 @@ def test_a_grammar_is_compiled_once(tokenizer_json, monkeypatch):
         ("choices", [], "choices must be a list of texts"),
         ("choices", "yes", "choices must be a list of texts"),
         ("choices", ["yes", ""], "choices must be a list of texts"),
+        ("choices", [f"choice {n}" for n in range(100_000)], "choices is too long: 1,"),
+        ("regex", "a" * 1_000_000, "regex is too long: 1,000,"),
+        ("json_schema", {"enum": [f"value {n}" for n in range(100_000)]}, "json_schema has more than 131,072 bytes"),
+        ("json_schema", '{"properties":{"a":' * 90 + "{}" + "}}" * 90, "json_schema is nested more than 64 levels"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(kind, value, message, grammars):
@@ -231,3 +236,36 @@ def test_a_wrong_token_is_one_line(grammars, capfd):
     with pytest.raises(OptionError, match=r"^the constraint cannot be followed further: [^\n]+$"):
         constraint.advance(int((constraint.mask(np.zeros(2000, np.float32)) == -np.inf).argmax()) + 100)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.waits
+def test_nobody_waits_for_another_one_s_grammar(tokenizer_json, monkeypatch):
+    """While one constraint is compiled, another one is made."""
+    grammars, started, go_on = Grammars(tokenizer_json, [STOP]), threading.Event(), threading.Event()
+    compiled = Grammars._compile
+
+    def compile_slowly(self, kind, grammar):
+        if kind == "choices":
+            started.set()
+            assert go_on.wait(600)
+        return compiled(self, kind, grammar)
+
+    monkeypatch.setattr(Grammars, "_compile", compile_slowly)
+    slow = threading.Thread(target=grammars.choices, args=(["yes", "no"],))
+    slow.start()
+    assert started.wait(600)
+    grammars.regex("[0-9]")  # never ends if it waits
+    go_on.set()
+    slow.join()
+
+
+def test_a_panic_of_the_library_is_one_line(grammars, monkeypatch):
+    class PanicException(BaseException):  # as pyo3 makes it: no exception that anything handles
+        pass
+
+    def panic(self, kind, grammar):
+        raise PanicException("index out of bounds:\n the len is 0")
+
+    monkeypatch.setattr(Grammars, "_compile", panic)
+    with pytest.raises(OptionError, match="the making of regex ended in a panic: index out of bounds: the len is 0"):
+        grammars.regex("[0-9]{7}")

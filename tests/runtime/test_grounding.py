@@ -13,7 +13,8 @@ from mcv_runtime.errors import OptionError, PromptError
 from mcv_runtime.pictures.slicing import SliceGrid
 from mcv_runtime.request.answer import Answer, Timings
 from mcv_runtime.text.grounding import MARKS, find_regions, mark_ids
-from mcv_runtime.text.prompts import ChatTemplate, Message, PromptBuilder
+from mcv_runtime.text.prompts import Message, PromptBuilder
+from mcv_runtime.text.template import ChatTemplate
 from mcv_runtime.text.tokens import TextTokenizer
 
 ONE = SliceGrid(overview=(448, 448))

@@ -6,7 +6,8 @@ import pytest
 
 from mcv_runtime.bundle.manifest import ImageSpec, PlaceholderSpec, TextSpec
 from mcv_runtime.pictures.slicing import ClipGrid, SliceGrid, adaptive_grid
-from mcv_runtime.text.prompts import ChatTemplate, Message, PromptBuilder
+from mcv_runtime.text.prompts import Message, PromptBuilder
+from mcv_runtime.text.template import ChatTemplate
 from mcv_runtime.text.tokens import TextTokenizer
 
 ONE = SliceGrid(overview=(56, 56), token_unit=56)

@@ -8,7 +8,8 @@ import pytest
 from mcv_runtime.bundle.manifest import PlaceholderSpec, TextSpec
 from mcv_runtime.errors import BundleCorruptError, PromptError
 from mcv_runtime.pictures.slicing import SliceGrid
-from mcv_runtime.text.prompts import ChatTemplate, Message, PromptBuilder, image_id_slices
+from mcv_runtime.text.prompts import Message, PromptBuilder, image_id_slices
+from mcv_runtime.text.template import ChatTemplate
 from mcv_runtime.text.tokens import TextTokenizer
 
 ONE = SliceGrid(overview=(448, 448))
@@ -133,3 +134,16 @@ def test_template_that_drops_a_picture(builder):
     silent = PromptBuilder(builder.tokenizer, ChatTemplate("hello"), builder.text, builder.placeholder)
     with pytest.raises(PromptError, match="0 of 1 pictures"):
         silent.build([Message("user", (ONE, "x"))])
+
+
+@pytest.mark.parametrize("spared", [0, 1, 2])
+def test_a_text_of_all_private_characters(builder, spared):
+    """Two that it lacks mark what a user typed."""
+    private = [*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xF0000, 0xFFFFE))]
+    message = Message("user", ("".join(private[: len(private) - spared]) + "<image>",))
+    if spared < 2:
+        with pytest.raises(PromptError, match="every private character"):
+            builder.build([message])
+    else:
+        with pytest.raises(PromptError, match="tokens or more"):  # nothing else is wrong with it
+            builder.build([message])

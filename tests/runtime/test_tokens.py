@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from mcv_runtime.errors import BundleCorruptError
+from mcv_runtime.errors import BundleCorruptError, PromptError
 from mcv_runtime.text.tokens import AnswerText, Detokenizer, TextTokenizer
 
 
@@ -69,3 +69,68 @@ def test_answer_text_is_stripped_and_hides_ids(tokenizer):
 def test_unusable_tokenizer(content):
     with pytest.raises(BundleCorruptError, match="tokenizer"):
         TextTokenizer(content)
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+GROWING = {
+    "normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 12},
+    "a regular expression": {"type": "Replace", "pattern": {"Regex": "."}, "content": "b" * 1000},
+    "an empty pattern": {"type": "Replace", "pattern": {"String": ""}, "content": "b" * 1000},
+    "many steps": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 100},
+    "before a text": {"type": "Prepend", "prepend": "x" * 100_000},
+}
+
+
+def small_tokenizer(**changes):
+    vocab = {"<unk>": 0, "a": 1, "b": 2}
+    model = {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}
+    return json.dumps({"version": "1.0", "added_tokens": [], "model": model, **changes})
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_tokenizer_that_blows_texts_up_is_refused(name):
+    with pytest.raises(BundleCorruptError, match="normalizer would make a text many times as long"):
+        TextTokenizer(small_tokenizer(normalizer=GROWING[name]))
+    decoder = {"type": "Sequence", "decoders": [REPLACE] * 12}
+    with pytest.raises(BundleCorruptError, match="decoder would make"):
+        TextTokenizer(small_tokenizer(decoder=decoder))
+    usual = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "b"}, REPLACE | {"content": "b"}]}
+    assert TextTokenizer(small_tokenizer(normalizer=usual)).encode("aa") == [2, 2, 2]
+
+
+def test_ids_beyond_any_vocabulary_are_refused():
+    """llguidance makes a table with a place for each."""
+    with pytest.raises(BundleCorruptError, match="it has the id 4294967295"):
+        TextTokenizer(small_tokenizer(model={"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []}))
+    token = {"id": 2**31, "content": "<x>", "special": True}
+    with pytest.raises(BundleCorruptError, match="it has the id 2147483648"):
+        TextTokenizer(small_tokenizer(added_tokens=[token]))
+
+
+class PanicException(BaseException):
+    """As pyo3 makes it: no exception that anything handles."""
+
+
+class Panicking:
+    def encode(self, *arguments, **named):
+        raise PanicException("called `Result::unwrap()` on an `Err` value:\n StackOverflow")
+
+    decode = encode
+
+
+def test_a_panic_is_one_line(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "_tokenizer", Panicking())
+    with pytest.raises(
+        PromptError, match=r"cannot read the prompt: it ended in a panic: called .* value: StackOverflow"
+    ) as said:
+        tokenizer.encode("a")
+    assert "\n" not in str(said.value)
+    with pytest.raises(BundleCorruptError, match="panic"):
+        tokenizer.decode([1])
+
+
+def test_an_honest_tokenizer_that_panics(golden_root):
+    """onig gives up on eleven million spaces; its caller panics."""
+    tokenizer = TextTokenizer((golden_root / "minicpmv2_6" / "checkpoint" / "tokenizer.json").read_text(encoding="utf-8"))
+    with pytest.raises(PromptError, match="panic"):
+        tokenizer.encode(" " * 11_000_000 + "x")

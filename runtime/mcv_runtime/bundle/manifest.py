@@ -245,6 +245,9 @@ class Manifest:
     model: str
     """Where the checkpoint came from: a hub id or a folder's name."""
     revision: str | None = None
+    """The hub's commit, as far as it is known."""
+    checkpoint: Mapping[str, FileSpec] = field(default_factory=dict)
+    """The files it was built from, by name."""
     adapters: tuple[AdapterSpec, ...] = ()
     """In the order in which they were merged."""
     graphs: Mapping[GraphName, GraphSpec]

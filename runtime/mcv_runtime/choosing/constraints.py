@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 
-from mcv_runtime.errors import BundleCorruptError, OptionError
+from mcv_runtime.errors import BundleCorruptError, OptionError, printable, shown
+from mcv_runtime.files import parse_json
+from mcv_runtime.panics import no_panics
 from mcv_runtime.text.tokens import is_control
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 GrammarKind = Literal["json_schema", "regex", "choices"]
 _SPACE = " ?"
 """Between the parts of a JSON text. A model that may indent spends tokens on it, and a small one gives spaces forever."""
+MAX_GRAMMAR = 1 << 17
+"""Characters of the longest grammar: 8,000 choices take 0.2 seconds, 4,000 properties 2."""
 _KEPT = 16
 _SILENT = 0
 
@@ -59,7 +63,7 @@ class Grammars:
         self._stop = sorted(stop_token_ids)
         self._tokenizer: LLTokenizer | None = None
         self._compiled: dict[str, LLMatcher] = {}
-        self._lock = threading.Lock()
+        self._lock, self._indexing = threading.Lock(), threading.Lock()
 
     def constraint(self, kind: GrammarKind, value: Any) -> Constraint:
         """The constraint of the option `kind` with that value; raises `OptionError` for a value that makes no sense."""
@@ -69,11 +73,12 @@ class Grammars:
     def json_schema(self, schema: Mapping[str, Any] | str) -> Constraint:
         """JSON text of a schema, given as a mapping or as text; properties come in the schema's order."""
         try:
-            parsed = json.loads(schema if isinstance(schema, str) else json.dumps(dict(schema)))
+            text = schema if isinstance(schema, str) else json.dumps(dict(schema))
         except (TypeError, ValueError, RecursionError) as error:
-            raise OptionError(f"json_schema is not JSON: {error}") from error
+            raise OptionError(f"json_schema is not JSON ({error})") from error
+        parsed = parse_json(text, "json_schema", error=OptionError, max_bytes=MAX_GRAMMAR)
         if not isinstance(parsed, dict):
-            raise OptionError(f"json_schema must be an object, not {parsed!r}")
+            raise OptionError(f"json_schema must be an object, not {shown(parsed)}")
         return self._constraint(
             "json_schema", lambda: _matchers().grammar_from_json_schema(parsed, {"whitespace_pattern": _SPACE})
         )
@@ -92,16 +97,23 @@ class Grammars:
         return self._constraint("choices", lambda: _matchers().grammar_from_lark(f"start: {alternatives}"))
 
     def _constraint(self, kind: GrammarKind, write: Callable[[], str]) -> Constraint:
-        try:
-            grammar = write()
-        except ValueError as error:
-            raise OptionError(f"{kind} cannot be used: {_reason(str(error))}") from error
-        with self._lock:
-            if grammar not in self._compiled:
-                if len(self._compiled) >= _KEPT:
+        with no_panics(f"the making of {kind}", OptionError):
+            try:
+                grammar = write()
+            except ValueError as error:
+                raise OptionError(f"{kind} cannot be used: {_reason(str(error))}") from error
+            if len(grammar) > MAX_GRAMMAR:
+                raise OptionError(
+                    f"{kind} is too long: {len(grammar):,} characters of grammar; at most {MAX_GRAMMAR:,} are read"
+                )
+            with self._lock:
+                matcher = self._compiled.get(grammar)
+            if matcher is None:  # two who ask for the same may both compile it; nobody waits for another's
+                matcher = self._compile(kind, grammar)
+            with self._lock:
+                if grammar not in self._compiled and len(self._compiled) >= _KEPT:
                     del self._compiled[next(iter(self._compiled))]
-                self._compiled[grammar] = self._compile(kind, grammar)
-            return _MatcherConstraint(self._compiled[grammar].deep_copy())
+                return _MatcherConstraint(self._compiled.setdefault(grammar, matcher).deep_copy())
 
     def _compile(self, kind: GrammarKind, grammar: str) -> LLMatcher:
         matcher = _matchers()(self._index(), grammar, log_level=_SILENT)
@@ -109,6 +121,8 @@ class Grammars:
             raise OptionError(f"{kind} cannot be used: {_reason(matcher.get_error())}")
         probe = matcher.deep_copy()
         probe.compute_bitmask()  # only this finds out that nothing can follow
+        if probe.is_error() and "NoExtension" not in probe.get_error():
+            raise OptionError(f"{kind} cannot be used: {_reason(probe.get_error())}")
         if probe.is_stopped() and not probe.is_accepting():
             raise OptionError(f"{kind} cannot be used: nothing fits it")
         return matcher
@@ -116,12 +130,14 @@ class Grammars:
     def _index(self) -> LLTokenizer:
         from llguidance import LLTokenizer
 
-        if self._tokenizer is None:
-            try:
-                self._tokenizer = LLTokenizer(_without_names(self._tokenizer_json), eos_token=self._stop)
-            except (LookupError, TypeError, ValueError) as error:
-                raise BundleCorruptError(f"the bundle's tokenizer cannot be constrained: {_reason(str(error))}") from error
-        return self._tokenizer
+        with self._indexing:  # of the bundle, not of a request: as long for everybody
+            if self._tokenizer is None:
+                try:
+                    with no_panics("it", ValueError):
+                        self._tokenizer = LLTokenizer(_without_names(self._tokenizer_json), eos_token=self._stop)
+                except (LookupError, TypeError, ValueError) as error:
+                    raise BundleCorruptError(f"the bundle's tokenizer cannot be constrained: {_reason(str(error))}") from error
+            return self._tokenizer
 
 
 class _MatcherConstraint:
@@ -133,7 +149,8 @@ class _MatcherConstraint:
         return self._matcher.is_stopped()
 
     def mask(self, logits_V: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        with no_panics("the constraint", OptionError):
+            packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(packed, bitorder="little")[: len(logits_V)].view(np.bool_)
         self._check()
         result = np.full_like(logits_V, -np.inf)  # also where a model has more logits than its tokenizer has tokens
@@ -141,7 +158,8 @@ class _MatcherConstraint:
         return result
 
     def advance(self, token: int) -> None:
-        self._matcher.consume_token(token)
+        with no_panics("the constraint", OptionError):
+            self._matcher.consume_token(token)
         self._check()
 
     def fork(self) -> _MatcherConstraint:
@@ -185,4 +203,4 @@ def _reason(message: str) -> str:
     """The line of a message that says what is wrong."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["no reason given"])[0]
+    return printable((errors or lines or ["no reason given"])[0][:300])

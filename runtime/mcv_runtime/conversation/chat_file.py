@@ -9,32 +9,33 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from mcv_runtime.bundle.folder import Bundle
-from mcv_runtime.bundle.typed_json import parse
+from mcv_runtime.bundle.manifest import Manifest
+from mcv_runtime.bundle.typed_json import Between, parse
 from mcv_runtime.decoding.row import Row
 from mcv_runtime.decoding.slots import Slots
-from mcv_runtime.errors import BundleCorruptError, ChatFileError, OutputError
+from mcv_runtime.errors import ChatFileError, OutputError, ResourceError, printable
 from mcv_runtime.files import open_regular, parse_json
 from mcv_runtime.pictures.picture import Clip, Picture
 from mcv_runtime.pictures.slicing import SliceGrid
 from mcv_runtime.request.preparation import Part
-from mcv_runtime.text.prompts import Message
+from mcv_runtime.text.prompts import Message, slice_tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MAGIC = b"mcv-chat 2\n"
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, MemoryError, RecursionError)
-"""What a damaged archive may raise besides."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def write_chat(path: Path, bundle: Bundle, messages: Sequence[Message[Part]], slots: Slots, row: Row | None) -> None:
@@ -85,12 +86,12 @@ def read_chat(path: Path, bundle: Bundle, slots: Slots) -> tuple[list[Message[Pa
             file.seek(len(_MAGIC) + 65)
             with np.load(file, allow_pickle=False) as archive:
                 return _unpacked(path, bundle, slots, archive)
-    except ChatFileError:
+    except (ChatFileError, ResourceError):
         raise
     except OSError as error:
         raise ChatFileError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, IndexError, BundleCorruptError, *_DAMAGED) as error:
-        raise ChatFileError(f"{path} is damaged ({' '.join(str(error).split())}); start the conversation again") from None
+    except Exception as error:  # zipfile, zlib and numpy raise whatever a damaged archive makes them raise
+        raise ChatFileError(f"{path} is damaged ({_reason(error)}); start the conversation again") from None
 
 
 def _unpacked(
@@ -99,8 +100,10 @@ def _unpacked(
     header = parse_json(archive["header"].tobytes(), "the conversation", error=ValueError)
     if header["bundle"] != bundle.identity:
         raise ChatFileError(f"{path} was saved with another bundle than {bundle.folder}; load it with that one")
+    if not all(isinstance(m["parts"], list) for m in header["messages"]):
+        raise ValueError("a message has no list of parts")
     messages: list[Message[Part]] = [
-        Message(m["role"], tuple(_restored(part, archive) for part in m["parts"])) for m in header["messages"]
+        Message(m["role"], tuple(_restored(part, archive, bundle.manifest) for part in m["parts"])) for m in header["messages"]
     ]
     if "keys" not in archive:
         return messages, None
@@ -134,17 +137,45 @@ def _described(part: str | Part, embeds: list[NDArray[np.float32]]) -> Any:
     return {"embeds": len(embeds) - 1, "grid": dataclasses.asdict(part.grid), **{name: getattr(part, name) for name in fields}}
 
 
-def _restored(part: Any, arrays: Mapping[str, NDArray[Any]]) -> str | Part:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pictured:
+    """What is written of a picture."""
+
+    name: str
+    size: tuple[Annotated[int, Between(1, 1 << 32)], ...]
+    grid: SliceGrid
+    fingerprint: str
+    graphs: str
+    embeds: int
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or not all(_DIGEST.fullmatch(digest) for digest in (self.fingerprint, self.graphs)):
+            raise ValueError("a picture is not described as one")
+
+
+def _restored(part: Any, arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> str | Part:
     if isinstance(part, str):
         return part
     if "clip" in part:
-        return Clip(name=part["clip"], frames=tuple(_restored(frame, arrays) for frame in part["frames"]))  # type: ignore[misc]
-    width, height = part["size"]
+        frames = tuple(_restored(frame, arrays, manifest) for frame in part["frames"])
+        if not isinstance(part["clip"], str) or not all(isinstance(frame, Picture) for frame in frames):
+            raise ValueError("a clip is not described as one")
+        return Clip(name=part["clip"], frames=frames)  # type: ignore[arg-type]
+    said = parse(_Pictured, part, "picture")
+    embeds = arrays[f"embeds/{said.embeds}"]
+    shape = sum(slice_tokens(manifest.placeholder, said.grid)), manifest.hidden_size
+    if embeds.dtype != np.float32 or embeds.shape != shape or not np.isfinite(embeds).all():
+        raise ValueError(f"visual tokens are {embeds.dtype} {embeds.shape} instead of finite float32 {shape}")
+    width, height = said.size
     return Picture(
-        name=part["name"],
+        name=said.name,
         size=(width, height),
-        grid=parse(SliceGrid, part["grid"], "grid"),
-        embeds=arrays[f"embeds/{part['embeds']}"],
-        fingerprint=part["fingerprint"],
-        graphs=part["graphs"],
+        grid=said.grid,
+        embeds=embeds,
+        fingerprint=said.fingerprint,
+        graphs=said.graphs,
     )
+
+
+def _reason(error: Exception) -> str:
+    return printable(" ".join(str(error).split())[:200]) or type(error).__name__

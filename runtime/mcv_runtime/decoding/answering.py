@@ -77,20 +77,21 @@ class Answerer:
         start = time.perf_counter()
         patience = Patience(settings.timeout, options.cancel, own_time=own_time)
         try:
-            sliced = self._preparer.sliced(messages, options, patience.check)
+            sliced, prompt = self._preparer.prepare(messages, options, patience.check)
+            pictures = shown(sliced)
+            self._check_bundle(pictures)
+            limit = min(settings.max_new_tokens, self._preparer.room(prompt))
+            stops = self._preparer.stops(prompt, sliced, options, patience.check)
+            lookup = PromptLookup(prompt.ids.tolist()) if settings.prompt_lookup else None
+            steps = self._steps(settings, limit, lookup)
+            patience.check()
         except Interrupted as interruption:
             return self.ended(interruption)
-        pictures = shown(sliced)
-        self._check_bundle(pictures)
-        prompt = self._preparer.prompt(sliced, options)
-        limit = min(settings.max_new_tokens, self._preparer.room(prompt))
-        stops = self._preparer.stops(prompt, sliced, options)
-        lookup = PromptLookup(prompt.ids.tolist()) if settings.prompt_lookup else None
         job = Job(
             pictures=pictures,
             patience=patience,
             prompt=prompt,
-            steps=self._steps(settings, limit, lookup),
+            steps=steps,
             rows_needed=max(settings.num_beams, settings.num_return_sequences),
             tokens=len(prompt.ids) + limit,
             lookup=lookup,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
@@ -15,10 +15,24 @@ from mcv_runtime.errors import ImageError, OptionError
 from mcv_runtime.pictures.images import MAX_PIXELS, ImageSource, describe, open_picture
 from mcv_runtime.pictures.patches import cut
 from mcv_runtime.pictures.slicing import Size, SliceGrid, adaptive_grid
-from mcv_runtime.pictures.upsizing import keep_small
+from mcv_runtime.pictures.upsizing import keep_small, smallest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+class PictureChoices(Protocol):
+    """What a request may say about how its pictures are cut; None: as the bundle says."""
+
+    @property
+    def max_slice_nums(self) -> int | None: ...
+
+    @property
+    def downsample_mode(self) -> str | None: ...
+
+    @property
+    def small_image_upsize(self) -> SmallImageUpsize | None: ...
+
 
 STILL = -1
 """The time of a patch that is not of a video."""
@@ -77,18 +91,26 @@ def slice_picture(
     max_pixels: int = MAX_PIXELS,
     downsample_mode: str | None = None,
     small_image_upsize: SmallImageUpsize | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> SlicedPicture:
-    """Open a picture and cut it; only the slices, which have a bounded size, stay in memory."""
+    """Open a picture and cut it; only the slices, which have a bounded size, stay in memory.
+
+    `check` is called between these steps, and may raise.
+    """
     picture = open_picture(source, max_pixels)
+    check()
     mode = image.downsample_mode if downsample_mode is None else downsample_mode
     grid = picture_grid(picture.size, image, max_slice_nums=max_slice_nums, downsample_mode=mode)
-    if max(width * height for width, height in grid.sizes) > MAX_STRETCH * image.scale_resolution**2:
-        raise ImageError(f"{describe(source)} is too long and narrow ({picture.width} x {picture.height}); cut it into pieces")
-    slices = tuple(cut(picture, grid))
+    _require_compact(describe(source), picture.size, grid, image)
+    pieces: list[Image.Image] = []
+    for piece in cut(picture, grid):
+        pieces.append(piece)
+        check()
+    slices: Sequence[Image.Image] = pieces
     upsize = image.small_image_upsize if small_image_upsize is None else small_image_upsize
     if upsize != "always":
         grid, slices = keep_small(picture, grid, slices, image, adaptive=upsize == "adaptive")
-    return SlicedPicture(name=describe(source), size=picture.size, grid=grid, slices=slices, downsample_mode=mode)
+    return SlicedPicture(name=describe(source), size=picture.size, grid=grid, slices=tuple(slices), downsample_mode=mode)
 
 
 def picture_grid(
@@ -101,6 +123,22 @@ def picture_grid(
         raise OptionError(f"downsample_mode={mode!r}: this model has {known}")
     unit = None if mode is None else image.downsample[mode].merge * image.patch_size
     return adaptive_grid(size, image, max_slice_nums, unit)
+
+
+def least_grid(name: str, size: Size, image: ImageSpec, options: PictureChoices) -> SliceGrid:
+    """How a picture of `size` is cut if none of it is enlarged for the text in it, which only its pixels can tell.
+
+    Raises `ImageError` for one that is too long and narrow.
+    """
+    grid = picture_grid(size, image, max_slice_nums=options.max_slice_nums, downsample_mode=options.downsample_mode)
+    _require_compact(name, size, grid, image)
+    upsize = image.small_image_upsize if options.small_image_upsize is None else options.small_image_upsize
+    return grid if upsize == "always" else smallest(size, grid, image, adaptive=upsize == "adaptive")
+
+
+def _require_compact(name: str, size: Size, grid: SliceGrid, image: ImageSpec) -> None:
+    if max(width * height for width, height in grid.sizes) > MAX_STRETCH * image.scale_resolution**2:
+        raise ImageError(f"{name} is too long and narrow ({size[0]} x {size[1]}); cut it into pieces")
 
 
 def pack(frames: Sequence[SlicedPicture], times: tuple[int, ...]) -> SlicedPicture:

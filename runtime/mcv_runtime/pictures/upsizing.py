@@ -5,6 +5,8 @@ Source: `small_image_upsize` of the published `minicpm_ocr` of transformers, whi
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,8 +28,8 @@ _EPSILON = float(np.finfo(np.float32).eps)
 
 
 def keep_small(
-    picture: Image.Image, grid: SliceGrid, slices: tuple[Image.Image, ...], image: ImageSpec, *, adaptive: bool
-) -> tuple[SliceGrid, tuple[Image.Image, ...]]:
+    picture: Image.Image, grid: SliceGrid, slices: Sequence[Image.Image], image: ImageSpec, *, adaptive: bool
+) -> tuple[SliceGrid, Sequence[Image.Image]]:
     """A picture's grid and slices again, with those that were enlarged for nothing at a size nearer to their own.
 
     A picture in one piece is not enlarged, or (`adaptive`) only as far as the text in it asks for; of one that is cut,
@@ -56,7 +58,18 @@ def keep_small(
         full, size = wanted(piece)
         if not full and size[0] * size[1] < grid.cell[0] * grid.cell[1]:
             kept[1 + index] = piece.resize(size, Image.Resampling.BICUBIC)
-    return replace(grid, cells=tuple(piece.size for piece in kept[1:])), tuple(kept)
+    return replace(grid, cells=tuple(piece.size for piece in kept[1:])), kept
+
+
+def smallest(size: Size, grid: SliceGrid, image: ImageSpec, *, adaptive: bool) -> SliceGrid:
+    """The grid that `keep_small` gives a picture without small text, in which the least is enlarged."""
+    side, unit = image.scale_resolution, grid.token_unit or image.patch_size
+    if not grid.columns:
+        return replace(grid, overview=fit(*size, side, unit, enlarge=False))
+    if not adaptive:
+        return grid
+    cell = fit(size[0] // grid.columns, size[1] // grid.rows, side, unit, enlarge=False)
+    return replace(grid, cells=(min(cell, grid.cell, key=math.prod),) * (grid.columns * grid.rows))
 
 
 @dataclass(frozen=True, slots=True)

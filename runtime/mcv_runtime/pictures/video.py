@@ -80,6 +80,18 @@ class VideoPlan:
     size: Size | None
     """(width, height) of one frame, perhaps turned still; None where only reading it would tell."""
 
+    def sizes(self) -> list[tuple[Size, Size]] | None:
+        """(width, height) of each picture, its frames as they are and turned by a quarter; None if only reading one tells."""
+        if self.size is None:
+            return None
+        whole = self.spec.strategy != "packed"
+        width, height = self.size
+        alike = {
+            count: (_tiled_size(count, width, height), _tiled_size(count, height, width))
+            for count in ({len(unit) for unit in self.units} if whole else {1})
+        }
+        return [alike[len(unit) if whole else 1] for unit in self.units]
+
     def moments(self, *, max_pixels: int = MAX_PIXELS, check: Callable[[], None] | None = None) -> Iterator[Moment]:
         """The frames, in order, dropped as soon as they were used; `check` is called between frames, and may raise."""
         source = self.video.source
@@ -200,14 +212,18 @@ def tile(frames: Sequence[Image.Image], max_pixels: int = MAX_PIXELS) -> Image.I
     width, height = frames[0].size
     if any(frame.size != (width, height) for frame in frames):
         raise ImageError("the frames of a video differ in size, so they cannot be stacked")
-    rows, columns = _tiling(len(frames), width, height)
-    size = _canvas_size(rows, columns, width, height)
+    _, columns = _tiling(len(frames), width, height)
+    size = _tiled_size(len(frames), width, height)
     check_size(size, f"the picture of {len(frames)} stacked frames", max_pixels)
     canvas = Image.new("RGB", size)
     for index, frame in enumerate(frames):
         row, column = divmod(index, columns)
         canvas.paste(frame, (column * (width + _LINE), row * (height + _LINE)))
     return canvas
+
+
+def _tiled_size(count: int, width: int, height: int) -> Size:
+    return _canvas_size(*_tiling(count, width, height), width, height) if count > 1 else (width, height)
 
 
 def _tiling(count: int, width: int, height: int) -> tuple[int, int]:

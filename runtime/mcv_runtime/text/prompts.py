@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
-import jinja2
-import jinja2.ext
-import jinja2.meta
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mcv_runtime.bundle.manifest import PlaceholderSpec, TextSpec
 from mcv_runtime.errors import BundleCorruptError, OptionError, PromptError
 from mcv_runtime.pictures.slicing import ClipGrid, SliceGrid
 from mcv_runtime.text.canvas_positions import Crop, Markers, canvas_positions
 from mcv_runtime.text.grounding import MARKS, knows_marks
+from mcv_runtime.text.template import ChatTemplate
 from mcv_runtime.text.tokens import TextTokenizer
 
 if TYPE_CHECKING:
@@ -30,6 +25,10 @@ Picture = TypeVar("Picture")
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 _THOUGHT_MARKS = re.compile(r"(</?think>)")
+_CHARACTERS_PER_TOKEN = 32
+"""The most that are read for each token of the context. Tokens of text stand for 4, those of runs of spaces for up to 128."""
+_PIECE, _SLACK = 1 << 16, 1.1
+"""Characters that are tokenized between two looks at the clock; and how far off their tokens may be, counted piece by piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,30 +64,6 @@ class Prompt:
     """[3, tokens]: time, row and column of each token; None: they are numbered one after the other."""
 
 
-class ChatTemplate:
-    """A checkpoint's Jinja chat template in a sandbox, with the helpers that Hugging Face templates expect."""
-
-    def __init__(self, source: str, variables: Mapping[str, str] | None = None) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
-        environment.globals.update(variables or {})
-        try:
-            self._template = environment.from_string(source)
-            self.can_think = "enable_thinking" in jinja2.meta.find_undeclared_variables(environment.parse(source))
-        except jinja2.TemplateError as error:
-            raise BundleCorruptError(f"the bundle's chat template cannot be used: {error}") from error
-
-    def render(self, messages: Sequence[Mapping[str, str]], *, thinking: bool = False, answering: bool = True) -> str:
-        """The text of a conversation up to where the assistant answers, or thinks first; or without that."""
-        if thinking and not self.can_think:
-            raise OptionError("this model does not know thinking; leave the option out")
-        try:
-            return self._template.render(messages=messages, add_generation_prompt=answering, enable_thinking=thinking)
-        except jinja2.TemplateError as error:
-            raise PromptError(f"the model's chat template refuses these messages: {error}") from error
-
-
 @dataclass(frozen=True, slots=True)
 class PromptBuilder:
     """Renders, expands and tokenizes. What a user typed stays text, even where it looks like a control token."""
@@ -106,29 +81,34 @@ class PromptBuilder:
         thinking: bool = False,
         grounding: bool = False,
         answering: bool = True,
+        check: Callable[[], None] = lambda: None,
     ) -> Prompt:
         """The prompt for `messages`, whose pictures and videos are given as their slice grids.
 
         `grounding`: the marks of places (`<ref>`, `<box>` and the like) are the model's own, not text.
-        `answering`: up to where the assistant answers; else the messages alone.
+        `answering`: up to where the assistant answers; else the messages alone. `check` is called now and then, and may raise.
         """
         if grounding and not knows_marks(self.tokenizer):
             raise OptionError("this model has no marks for places in a picture; leave grounding out")
         if not messages or not messages[-1].text.strip():
             raise PromptError("the prompt is empty")
+        self.require_brief(sum(len(message.text) for message in messages))
         # A lone surrogate (from a command line or JSON) has no UTF-8 form.
         messages = [Message(m.role, tuple(_mend(p) if isinstance(p, str) else p for p in m.parts)) for m in messages]
         guard, mark = _unused_characters("".join(message.text for message in messages))
         kept = MARKS if grounding else frozenset()
         guarded = [self._content(message, guard, mark, kept) for message in messages]
-        rendered = self.template.render(guarded, thinking=thinking, answering=answering)
+        rendered = self.template.render(guarded, thinking=thinking, answering=answering, check=check)
         visuals = [visual for message in messages for visual in message.pictures]
         between = rendered.split(mark)
         if len(between) != len(visuals) + 1:
             raise PromptError(f"the model's chat template keeps {len(between) - 1} of {len(visuals)} pictures")
         expanded = self._expanded(visuals, use_image_id)
         text = "".join(itertools.chain(*itertools.zip_longest(between, expanded, fillvalue="")))
+        self._require_fit(text.replace(guard, ""), check)
         ids = np.array(self.tokenizer.encode(text, guard), dtype=np.int64)
+        if not len(ids):
+            raise PromptError("the model's chat template makes no prompt of these messages")
         starts, counts = self._slices(ids, visuals)
         return Prompt(
             text.replace(guard, ""),
@@ -136,6 +116,28 @@ class PromptBuilder:
             np.concatenate([np.empty(0, np.int64), *(start + np.arange(n) for start, n in zip(starts, counts, strict=True))]),
             self._canvas(ids, starts, visuals) if self.text.positions == "canvas" else None,
         )
+
+    def require_brief(self, characters: int) -> None:
+        """Raise `PromptError` for a text so long that nobody need count its tokens: that would take seconds and gigabytes."""
+        most = _CHARACTERS_PER_TOKEN * self.text.context_length
+        if characters > most:
+            raise PromptError(
+                f"the prompt has {characters:,} characters; the model's context holds {self.text.context_length:,} tokens, for"
+                f" which at most {most:,} characters are read; use less text"
+            )
+
+    def _require_fit(self, text: str, check: Callable[[], None]) -> None:
+        """Count the tokens of a long text in pieces, and raise `PromptError` once they are too many."""
+        self.require_brief(len(text))
+        most, count = self.text.context_length, 0
+        for start in range(0, len(text) if len(text) > _PIECE else 0, _PIECE):
+            check()
+            count += len(self.tokenizer.encode(text[start : start + _PIECE]))
+            if count > _SLACK * most:
+                raise PromptError(
+                    f"the prompt has {count:,} tokens or more, but the model's context holds {most:,} in all; use less text"
+                )
+        check()
 
     def _content(self, message: Message[SliceGrid | ClipGrid], guard: str, mark: str, kept: frozenset[str]) -> dict[str, str]:
         parts = (self._guarded(part, message.role, guard, kept) if isinstance(part, str) else mark for part in message.parts)
@@ -233,7 +235,8 @@ _STRATEGIES = {"image_id_slices": image_id_slices, "bracketed_slices": bracketed
 
 def _unused_characters(text: str) -> tuple[str, str]:
     """Two characters that `text` does not hold: Unicode noncharacters, which no tokenizer or template gives a meaning."""
-    unused = (c for c in map(chr, itertools.chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE))) if c not in text)
+    used = frozenset(text)
+    unused = (c for c in map(chr, itertools.chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE))) if c not in used)
     pair = tuple(itertools.islice(unused, 2))
     if len(pair) < 2:
         raise PromptError("the prompt holds every private character there is; leave some out")
@@ -242,12 +245,3 @@ def _unused_characters(text: str) -> tuple[str, str]:
 
 def _mend(text: str) -> str:
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-
-
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    # Jinja's own filter escapes HTML
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _refuse(message: str) -> str:
-    raise jinja2.TemplateError(message)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from mcv_runtime.errors import BundleCorruptError
+from mcv_runtime.errors import BundleCorruptError, PromptError, printable
+from mcv_runtime.panics import no_panics
+
+_MOST_ID = 1 << 24
+_MOST_PARTS, _MOST_GROWTH = 64, 64.0
+"""Steps in which a tokenizer changes a text, and how many times as long they may make it; published ones: 8, and 1."""
 
 
 class TextTokenizer:
@@ -20,15 +26,19 @@ class TextTokenizer:
 
     def __init__(self, tokenizer_json: str) -> None:
         try:
-            settings = json.loads(tokenizer_json)
-            self._tokenizer = Tokenizer.from_str(tokenizer_json)
-            added = settings.get("added_tokens") or []
-            self._control = {token["content"]: token for token in added if is_control(token)}
-            # the same tokenizer, blind to control tokens: encodes look-alikes as the text they are
-            settings["added_tokens"] = [token for token in added if token["content"] not in self._control]
-            self._blind = Tokenizer.from_str(json.dumps(settings))
+            with no_panics("it", ValueError):
+                settings = json.loads(tokenizer_json)
+                _check_parts(settings)
+                self._tokenizer = Tokenizer.from_str(tokenizer_json)
+                added = settings.get("added_tokens") or []
+                self._control = {token["content"]: token for token in added if is_control(token)}
+                # the same tokenizer, blind to control tokens: encodes look-alikes as the text they are
+                settings["added_tokens"] = [token for token in added if token["content"] not in self._control]
+                self._blind = Tokenizer.from_str(json.dumps(settings))
+                self._before, self._after = self._frame()
         except Exception as error:  # tokenizers raises bare Exception; a malformed file may raise anything
-            raise BundleCorruptError(f"the bundle's tokenizer cannot be used: {' '.join(str(error).split())}") from error
+            reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
+            raise BundleCorruptError(f"the bundle's tokenizer cannot be used: {reason}") from error
         longest_first = sorted(self._control, key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
         self._split = re.compile(f"({pattern})")
@@ -58,9 +68,8 @@ class TextTokenizer:
     def encode(self, text: str, guard: str | None = None) -> list[int]:
         """Ids of `text`; where it holds `guard`, control tokens only where they stand unbroken, and the guards left out."""
         if guard is None or guard not in text:
-            return list(self._tokenizer.encode(text).ids)
-        before, after = self._frame()
-        ids = list(before)
+            return self._ids(self._tokenizer, text, add_special_tokens=True)
+        ids = list(self._before)
         pieces = self._split.split(text)  # text, token, text, token, ..., text
         for i, piece in enumerate(pieces):
             if i % 2:
@@ -71,23 +80,75 @@ class TextTokenizer:
                 piece = piece.lstrip()
             if i + 1 < len(pieces) and self._control[pieces[i + 1]]["lstrip"]:
                 piece = piece.rstrip()
-            ids += self._blind.encode(piece, add_special_tokens=False).ids
-        return ids + after
+            ids += self._ids(self._blind, piece, add_special_tokens=False)
+        return ids + self._after
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, control tokens included."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+        with no_panics("the bundle's tokenizer", BundleCorruptError):
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def is_byte(self, token: int) -> bool:
         """Whether a token is one raw byte (`<0xE4>`), whose meaning depends on the bytes after it."""
         return bool(re.fullmatch(r"<0x[0-9A-F]{2}>", self._tokenizer.id_to_token(token) or ""))
 
+    def _ids(self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            with no_panics("it", ValueError):
+                return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except Exception as error:  # a regular expression that gives up, a token that the vocabulary lacks
+            reason = printable(" ".join(str(error).split())[:200])
+            raise PromptError(f"the model's tokenizer cannot read the prompt: {reason}") from error
+
     def _frame(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer itself puts before and after any text (BOS, EOS)."""
         bare = self._tokenizer.encode("a", add_special_tokens=False).ids
         framed = self._tokenizer.encode("a").ids
-        start = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
+        start = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), None)
+        if start is None:
+            raise ValueError("it does not keep a text together")
         return framed[:start], framed[start + len(bare) :]
+
+
+def _check_parts(settings: dict[str, Any]) -> None:
+    """Raise `ValueError` for a tokenizer that would blow a text up, or tables with a place for every id."""
+    vocab = settings["model"].get("vocab")
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token["id"] for token in settings.get("added_tokens") or ()]
+    if max(ids, default=0) > _MOST_ID:
+        raise ValueError(f"it has the id {max(ids)}, and not at most {_MOST_ID:,}")
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        parts = list(_parts(settings.get(name)))
+        growth = 1.0
+        for part in parts:
+            growth *= _growth(part)
+        if len(parts) > _MOST_PARTS or growth > _MOST_GROWTH:
+            raise ValueError(f"its {name} would make a text many times as long")
+
+
+def _parts(part: Any) -> Iterator[dict[str, Any]]:
+    if not isinstance(part, dict):
+        return
+    yield part
+    for name in ("normalizers", "pretokenizers", "processors", "decoders"):
+        for inner in part.get(name) or ():
+            yield from _parts(inner)
+
+
+def _growth(part: dict[str, Any]) -> float:
+    """How many times as long a step makes a text at most."""
+    kind = part.get("type")
+    if kind == "Replace":
+        pattern = part.get("pattern")
+        known = pattern.get("String") if isinstance(pattern, dict) else None
+        found = len(known) if isinstance(known, str) else 1  # a regular expression may find single characters
+        content = len(str(part.get("content", "")))
+        return max(1.0, content / found) if found else 1.0 + content
+    if kind == "Prepend":
+        return 1.0 + len(str(part.get("prepend", ""))) / 64
+    if kind == "TemplateProcessing":
+        return max(1.0, sum(isinstance(one, dict) and "Sequence" in one for one in part.get("single") or ()))
+    return 1.0
 
 
 def is_control(token: dict[str, object]) -> bool:
