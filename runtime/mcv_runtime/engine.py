@@ -68,6 +68,10 @@ class EngineInfo:
     downsample_modes: tuple[str, ...]
     video: bool
     thinking: bool
+    tools: bool
+    """Whether the chat template knows functions that may be called."""
+    vocab_size: int
+    """Token ids are below."""
     precisions: dict[str, str]
     """By graph."""
     provider: str
@@ -194,7 +198,8 @@ class Engine:
         prompts = PromptBuilder(tokenizer, template, manifest.text, manifest.placeholder)
         self._sessions, self._vision, self._scheduler = sessions, vision, scheduler
         self._preparer = Preparer(manifest, prompts, max_pixels)
-        self._memory, self._provider, self._threads, self._thinks = memory, provider, threads, template.can_think
+        self._memory, self._provider, self._threads = memory, provider, threads
+        self._tokenizer, self._template = tokenizer, template
         self._answerer = Answerer(
             manifest,
             self._preparer,
@@ -305,11 +310,23 @@ class Engine:
             max_slice_nums=manifest.image.max_slice_nums,
             downsample_modes=tuple(manifest.image.downsample),
             video=manifest.video is not None,
-            thinking=self._thinks,
+            thinking=self._template.can_think,
+            tools=self._template.can_call,
+            vocab_size=manifest.text.vocab_size,
             precisions={name: graph.precision for name, graph in manifest.graphs.items()},
             provider=self._provider,
             threads=self._threads,
         )
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """Ids of a text; what looks like a control token is one."""
+        return tuple(self._tokenizer.encode(text))
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of ids, control tokens included."""
+        if bad := [token for token in tokens if not 0 <= token < self.bundle.manifest.text.vocab_size]:
+            raise OptionError(f"there is no token {bad[0]}; this model has {self.bundle.manifest.text.vocab_size:,}")
+        return self._tokenizer.decode(tokens)
 
     def memory(self) -> MemoryUse:
         """What is held now, by kind."""

@@ -21,7 +21,11 @@ from mcv_runtime.text.prompts import Message, Prompt, PromptBuilder
 PictureSource: TypeAlias = "ImageSource | Picture | Video | Clip"
 Part: TypeAlias = SlicedPicture | Picture | Clip
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
-"""`{"role": "system", "user" or "assistant", "content": text}`, or as content a list of texts (str) and pictures (not str)."""
+"""`{"role": "system", "user" or "assistant", "content": text}`, or as content a list of texts (str) and pictures (not str).
+
+Where the chat template knows functions, an assistant's message may have `tool_calls`, a list of `{"name": ..., "arguments":
+{...}}`, and what they gave is a message of the role `tool`.
+"""
 
 
 class Preparer:
@@ -45,7 +49,7 @@ class Preparer:
                 check()
                 known = isinstance(part, str | SlicedPicture | Picture | Clip)
                 ready.append(part if known else self.cut(part, options, check))
-            result.append(Message(message["role"], tuple(ready)))
+            result.append(Message(message["role"], tuple(ready), tuple(message.get("tool_calls") or ())))
         return result
 
     def cut(
@@ -83,13 +87,16 @@ class Preparer:
     def prompt(self, messages: Sequence[Message[Part]], options: Options, *, answering: bool = True) -> Prompt:
         """The prompt of sliced messages; `answering`: up to where the assistant begins."""
         grids: list[Message[SliceGrid | ClipGrid]] = [
-            Message(m.role, tuple(part if isinstance(part, str) else _grid(part) for part in m.parts)) for m in messages
+            Message(m.role, tuple(part if isinstance(part, str) else _grid(part) for part in m.parts), m.tool_calls)
+            for m in messages
         ]
         return self._prompts.build(
             grids,
             use_image_id=options.use_image_id,
             thinking=bool(options.thinking),
             grounding=bool(options.grounding),
+            tools=options.tools or (),
+            raw=bool(options.raw),
             answering=answering,
         )
 
@@ -145,7 +152,7 @@ def with_encoded(messages: Sequence[Message[Part]], encoded: Sequence[Picture]) 
             return Clip(name=part.name, frames=tuple(next(pictures) for _ in part.frames))
         return next(pictures)
 
-    return [Message(message.role, tuple(map(replaced, message.parts))) for message in messages]
+    return [replace(message, parts=tuple(map(replaced, message.parts))) for message in messages]
 
 
 def _frames(part: Part) -> Iterator[SlicedPicture | Picture]:

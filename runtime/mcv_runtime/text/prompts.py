@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Picture = TypeVar("Picture")
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 _THOUGHT_MARKS = re.compile(r"(</?think>)")
 
 
@@ -38,6 +38,8 @@ class Message(Generic[Picture]):
 
     role: Role
     parts: tuple[str | Picture, ...]
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """Of the assistant: `{"name": ..., "arguments": {...}}` each."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -75,16 +77,27 @@ class ChatTemplate:
         environment.globals.update(variables or {})
         try:
             self._template = environment.from_string(source)
-            self.can_think = "enable_thinking" in jinja2.meta.find_undeclared_variables(environment.parse(source))
+            asked = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise BundleCorruptError(f"the bundle's chat template cannot be used: {error}") from error
+        self.can_think, self.can_call = "enable_thinking" in asked, "tools" in asked
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, thinking: bool = False, answering: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        thinking: bool = False,
+        answering: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The text of a conversation up to where the assistant answers, or thinks first; or without that."""
         if thinking and not self.can_think:
             raise OptionError("this model does not know thinking; leave the option out")
+        if not self.can_call and (tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)):
+            raise OptionError("this model's chat template knows no tools; describe them in the system prompt")
+        given = {"tools": list(tools)} if tools else {}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=answering, enable_thinking=thinking)
+            return self._template.render(messages=messages, add_generation_prompt=answering, enable_thinking=thinking, **given)
         except jinja2.TemplateError as error:
             raise PromptError(f"the model's chat template refuses these messages: {error}") from error
 
@@ -106,9 +119,12 @@ class PromptBuilder:
         thinking: bool = False,
         grounding: bool = False,
         answering: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        raw: bool = False,
     ) -> Prompt:
         """The prompt for `messages`, whose pictures and videos are given as their slice grids.
 
+        `raw`: the messages' own text without the template, in which control tokens are the model's own.
         `grounding`: the marks of places (`<ref>`, `<box>` and the like) are the model's own, not text.
         `answering`: up to where the assistant answers; else the messages alone.
         """
@@ -117,11 +133,18 @@ class PromptBuilder:
         if not messages or not messages[-1].text.strip():
             raise PromptError("the prompt is empty")
         # A lone surrogate (from a command line or JSON) has no UTF-8 form.
-        messages = [Message(m.role, tuple(_mend(p) if isinstance(p, str) else p for p in m.parts)) for m in messages]
-        guard, mark = _unused_characters("".join(message.text for message in messages))
+        messages = [replace(m, parts=tuple(_mend(p) if isinstance(p, str) else p for p in m.parts)) for m in messages]
+        calls = [message.tool_calls for message in messages]
+        guard, mark = _unused_characters("".join([*(message.text for message in messages), *_strings([tools, calls])]))
         kept = MARKS if grounding else frozenset()
+        if raw:
+            kept = self.tokenizer.control - {value for value in asdict(self.placeholder).values() if isinstance(value, str)}
         guarded = [self._content(message, guard, mark, kept) for message in messages]
-        rendered = self.template.render(guarded, thinking=thinking, answering=answering)
+        if raw:
+            rendered = "".join(message["content"] for message in guarded)
+        else:
+            known = self._foreign(tools, guard)
+            rendered = self.template.render(guarded, thinking=thinking, answering=answering, tools=known)
         visuals = [visual for message in messages for visual in message.pictures]
         between = rendered.split(mark)
         if len(between) != len(visuals) + 1:
@@ -137,9 +160,21 @@ class PromptBuilder:
             self._canvas(ids, starts, visuals) if self.text.positions == "canvas" else None,
         )
 
-    def _content(self, message: Message[SliceGrid | ClipGrid], guard: str, mark: str, kept: frozenset[str]) -> dict[str, str]:
+    def _content(self, message: Message[SliceGrid | ClipGrid], guard: str, mark: str, kept: frozenset[str]) -> dict[str, Any]:
         parts = (self._guarded(part, message.role, guard, kept) if isinstance(part, str) else mark for part in message.parts)
-        return {"role": message.role, "content": self.text.part_separator.join(parts)}
+        content: dict[str, Any] = {"role": message.role, "content": self.text.part_separator.join(parts)}
+        if message.tool_calls:
+            calls = self._foreign(message.tool_calls, guard)
+            content["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        return content
+
+    def _foreign(self, value: Any, guard: str) -> Any:
+        """What came as JSON, with all of its texts guarded."""
+        if isinstance(value, str):
+            return self.tokenizer.guard_text(_mend(value), guard)
+        if isinstance(value, Mapping):
+            return {self._foreign(key, guard): self._foreign(item, guard) for key, item in value.items()}
+        return [self._foreign(item, guard) for item in value] if isinstance(value, list | tuple) else value
 
     def _guarded(self, text: str, role: Role, guard: str, kept: frozenset[str]) -> str:
         if role == "assistant" and self.template.can_think:  # the template removes earlier thoughts, if it can see them
@@ -238,6 +273,15 @@ def _unused_characters(text: str) -> tuple[str, str]:
     if len(pair) < 2:
         raise PromptError("the prompt holds every private character there is; leave some out")
     return pair[0], pair[1]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in what came as JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in itertools.chain(*value.items()) if isinstance(value, Mapping) else value:
+            yield from _strings(item)
 
 
 def _mend(text: str) -> str:
