@@ -27,9 +27,9 @@ class Sampling:
     `repetition_penalty` divides positive logits of tokens that were generated before and multiplies negative ones,
     `presence_penalty` is subtracted from them, and `frequency_penalty` as often as each was generated, `temperature` divides
     all (0: the likeliest token, nothing is drawn), `top_k` keeps that many (0: all) and what is as likely as the last of them,
-    `top_p` the fewest that make up that probability, `min_p` those at least that fraction as likely as the likeliest. Tokens are
-    ordered by their logits, of which many round to one probability; of equal logits the lower ids come first. Without a `seed`
-    every answer differs.
+    `top_p` the fewest that make up that probability, `min_p` those at least that fraction as likely as the likeliest. Tokens
+    are ordered by their logits, of which many round to one probability; of equal logits the lower ids come first. Without a
+    `seed` every answer differs.
     """
 
     temperature: float = 1.0
