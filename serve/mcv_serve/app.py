@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -11,15 +10,27 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from mcv_serve import state_routes
+from mcv_runtime import McvError
+from mcv_serve import state_routes, vqa
 from mcv_serve.errors import ApiError, dialect_of
-from mcv_serve.openai import chat
-from mcv_serve.openai.schema import ChatBody
-from mcv_serve.security import HEALTH, ApiKeys, SecurityHeaders
+from mcv_serve.ollama import routes as ollama
+from mcv_serve.ollama.schema import OllamaChatBody, OllamaGenerateBody, OllamaShowBody
+from mcv_serve.openai import chat, completions, models, responses
+from mcv_serve.openai.responses import ResponsesBody
+from mcv_serve.openai.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from mcv_serve.security import HEALTH, ApiKeys, Failures, SecurityHeaders
 from mcv_serve.service import Service
 
-_LOG = logging.getLogger(__name__)
-BODIES = (ChatBody,)
+BODIES = (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    OllamaChatBody,
+    OllamaGenerateBody,
+    OllamaShowBody,
+    ResponsesBody,
+    TokenizeBody,
+)
 OPEN = HEALTH
 """Routes that need no key."""
 
@@ -27,20 +38,19 @@ OPEN = HEALTH
 def create_app(service: Service) -> FastAPI:
     """All routes of one service; its lifespan is its owner's affair."""
     app = FastAPI(title="mcv-serve", version=state_routes.server_version(), docs_url=None, redoc_url=None)
-    for router in (state_routes.router(service), chat.router(service)):
-        app.include_router(router)
+    for room in (state_routes, models, chat, completions, responses, ollama, vqa):
+        app.include_router(room.router(service))
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
 
     async def refuse(request: Request, error: Exception) -> Response:
         refused = _refusal(error)
         service.metrics.note_refused(refused.code)
-        if refused.code == "internal_error":
-            _LOG.error("%s failed: %s", request.url.path, type(error).__name__)
         return refused.response(dialect_of(request.url.path))
 
-    for kind in (ApiError, HTTPException, Exception):
+    for kind in (ApiError, HTTPException, McvError):
         app.add_exception_handler(kind, refuse)
     # the last one added is the outermost
+    app.add_middleware(Failures, log_content=service.settings.log_content)
     app.add_middleware(ApiKeys, keys=service.settings.api_keys, free=OPEN)
     if service.settings.origins:
         app.add_middleware(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mcv_serve.errors import ApiError, dialect_of
 
+_LOG = logging.getLogger(__name__)
 HEALTH = frozenset({"/health", "/healthz", "/ready", "/readyz", "/ping"})
 """What probes ask without a key."""
 HEADERS = {
@@ -39,6 +42,32 @@ class SecurityHeaders:
             await send(message)
 
         await self._app(scope, receive, guarded if scope["type"] == "http" else send)
+
+
+class Failures:
+    """Answers what nobody foresaw with 500, and says no more about it than its kind: its message may quote the request."""
+
+    def __init__(self, app: ASGIApp, log_content: bool) -> None:
+        self._app, self._log_content = app, log_content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            _LOG.error(
+                "%s failed: %s at %s:%s", scope.get("path"), type(error).__name__, place.name, place.lineno,
+                exc_info=error if self._log_content else None,
+            )  # fmt: skip
+            if not begun and scope["type"] == "http":
+                await ApiError.of(error).response(dialect_of(scope["path"]))(scope, receive, send)
 
 
 class ApiKeys:

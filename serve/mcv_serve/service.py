@@ -59,7 +59,7 @@ class Service:
 
         `key` is equal for equal requests. Raises `ApiError` where no more are taken.
         """
-        self._check(asked)
+        self.check(asked)
         same = self._same.get(key) if key is not None and asked.deterministic else None
         if same is not None and not same.done:
             self.metrics.note_joined()
@@ -88,7 +88,8 @@ class Service:
         for key in [key for key, other in self._same.items() if other is answering]:
             del self._same[key]
 
-    def _check(self, asked: Asked) -> None:
+    def check(self, asked: Asked) -> None:
+        """Raise `ApiError` for what is beyond the limits."""
         if len(asked.visuals) > self.settings.pictures:
             most = self.settings.pictures
             raise ApiError(400, "too_many_images", f"a request may have {most} pictures, not {len(asked.visuals)}")
@@ -150,8 +151,7 @@ class Service:
 
     def options(self, asked: Asked, **more: Any) -> Options:
         """The runtime's options of a request."""
-        known = {"tools": asked.tools} if asked.tools else {}
-        return Options.of(None, {**asked.options, **known, **more})
+        return Options.of(None, {**asked.options, **more})
 
     def prepared(self, asked: Asked) -> tuple[tuple[int, ...], int]:
         """Ids of a request's prompt, and how many are of pictures; in a thread of the pool."""

@@ -74,7 +74,12 @@ def read_call(text: str, tools: Sequence[Mapping[str, Any]], forced: str | None 
     if not isinstance(value, dict) or value.get("name") not in names:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
-    return Call(value["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments or "{}", "the arguments", error=_NoCallError)
+        except _NoCallError:
+            return None
+    return Call(value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
 
 
 class _NoCallError(McvError, ValueError):
