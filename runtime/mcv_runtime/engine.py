@@ -19,6 +19,7 @@ from mcv_runtime.bundle.manifest import GraphName, Manifest
 from mcv_runtime.choosing.constraints import Grammars
 from mcv_runtime.conversation.chat import Chat
 from mcv_runtime.conversation.chat_file import read_chat
+from mcv_runtime.conversation.state_file import read_state, write_state
 from mcv_runtime.decoding.answering import Answerer
 from mcv_runtime.decoding.arena import DeviceArena, HostArena
 from mcv_runtime.decoding.decoder import Decoder
@@ -345,6 +346,16 @@ class Engine:
         with self._scheduler.exclusive():
             self._scheduler.slots.clear()
             self._vision.cache.clear()
+
+    def save_state(self, path: str | Path) -> int:
+        """Write what earlier requests have read to a file, all or nothing, and say how many they are; raises `OutputError`."""
+        with self._scheduler.exclusive():
+            return write_state(Path(path), self.bundle, self._scheduler.slots)
+
+    def load_state(self, path: str | Path) -> int:
+        """Know again what `save_state` wrote, as far as there is room; raises `ChatFileError` for a file of another bundle."""
+        with self._scheduler.exclusive():
+            return read_state(Path(path), self.bundle, self._scheduler.slots)
 
     def close(self) -> None:
         """End all requests with an error, and let go of sessions and memory."""

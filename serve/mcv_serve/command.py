@@ -97,6 +97,9 @@ def run(
     save_state: Annotated[
         Path | None, _option("--save-state", help="File for the beginnings that were read, for a restart.", panel=_MACHINE)
     ] = None,
+    save_s: Annotated[
+        float, _option("--save-every", help="Seconds between savings of that while nobody asks.", panel=_MACHINE)
+    ] = _DEFAULT.save_s,
     low_memory: Annotated[
         bool, _option("--low-memory", help="Hold either the vision graphs or the decoder.", panel=_MACHINE)
     ] = False,
@@ -129,6 +132,7 @@ def run(
         log_content=log_content,
         isolate=isolate,
         state=save_state,
+        save_s=save_s,
     )
     named = bundle or os.environ.get("MCV_BUNDLE")
     options: dict[str, Any] = {
@@ -144,7 +148,7 @@ def run(
 
     def opened() -> Service:
         engine = load(at_home(named) if named else None, max_pixels=max_pixels, max_rows=concurrent, **given)
-        return Service(engine, settings)
+        return Service(engine, settings, max_pixels=max_pixels)
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger(__name__).info("listening at http://%s:%d", host, port)

@@ -37,6 +37,7 @@ class Starting:
         self._opened, self._stop = opened, stop
         self._app: ASGIApp | None = None
         self._opening: asyncio.Task[None] | None = None
+        self._saving: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -59,6 +60,8 @@ class Starting:
         self._opening.cancel()
         with suppress(asyncio.CancelledError):
             await self._opening
+        if self._saving is not None:
+            self._saving.cancel()
         if self.service is not None:
             self.service.close()
         await send({"type": "lifespan.shutdown.complete"})
@@ -72,6 +75,8 @@ class Starting:
             self._stop()
             return
         loop.set_default_executor(self.service.stepping)
+        if self.service.settings.state is not None:
+            self._saving = loop.create_task(self.service.save_state_when_idle())
         self._app = create_app(self.service)
         _LOG.info("%s is ready", self.service.model)
 

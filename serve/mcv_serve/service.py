@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from mcv_runtime import Engine, Event, Options, Request, Ticket
+from mcv_runtime import Engine, Event, McvError, Options, Request, Ticket
+from mcv_runtime.pictures.images import MAX_PIXELS
 from mcv_serve.admission import Admission
 from mcv_serve.answering import Answering
-from mcv_serve.asked import Asked
+from mcv_serve.asked import Asked, FrameUrls
 from mcv_serve.errors import ApiError
+from mcv_serve.isolated import IsolatedDecoder
 from mcv_serve.metrics import Metrics
 from mcv_serve.pictures import Decode, messages_of
 from mcv_serve.remote import Fetcher
@@ -33,8 +35,8 @@ class Service:
     one thread and no other work; it is idle when nothing is asked.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, *, decode: Decode = bytes) -> None:
-        """`decode` makes encoded bytes what the engine takes; by default it gets them as they are, and decodes them itself."""
+    def __init__(self, engine: Engine, settings: Settings, *, max_pixels: int = MAX_PIXELS) -> None:
+        """`max_pixels`: of the engine's pictures."""
         self.engine, self.settings = engine, settings
         self.model = settings.model_name or engine.bundle.manifest.model
         self.metrics = Metrics(self.model)
@@ -45,10 +47,14 @@ class Service:
         self.stepping = ThreadPoolExecutor(1, "mcv-engine")
         self._pool = ThreadPoolExecutor(_PREPARING + (_FETCHING if settings.image_hosts else 0), "mcv-prepare")
         self._same: dict[str, Answering] = {}
-        self._decode = decode
+        self._isolated = IsolatedDecoder(max_pixels) if settings.isolate else None
+        self._decode: Decode = bytes if self._isolated is None else self._isolated
         self._picture_bytes = int(settings.picture_mb * 1e6)
         self._fetcher = Fetcher(settings.image_hosts, limit=self._picture_bytes, seconds=settings.fetch_s)
-        self._states_saved_at = time.monotonic()
+        self._finished = 0
+        """Requests that ended with an answer, and of these, how many the saved state knows."""
+        self._saved = 0
+        self._load_state()
 
     async def in_pool(self, work: Callable[..., Result], *given: Any) -> Result:
         """Do what takes long in a thread of the pool."""
@@ -93,6 +99,8 @@ class Service:
         if len(asked.visuals) > self.settings.pictures:
             most = self.settings.pictures
             raise ApiError(400, "too_many_images", f"a request may have {most} pictures, not {len(asked.visuals)}")
+        if self.settings.isolate and any(not isinstance(one, FrameUrls) and one.is_video for one in asked.visuals):
+            raise ApiError(400, "video_files_disabled", "this server takes videos as lists of frames alone (--isolate)")
         tokens, most_tokens = asked.options.get("max_new_tokens"), self.settings.max_tokens
         if tokens is not None and most_tokens is not None and tokens > most_tokens:
             raise ApiError(400, "invalid_value", f"an answer may have {most_tokens} tokens, not {tokens}", param="max_tokens")
@@ -115,6 +123,7 @@ class Service:
             answer = await ticket
             if answer.stop_reason == "timeout" and not answer.text:
                 raise _late()
+            self._finished += 1
             self.metrics.note_answer(answering, answer, time.monotonic())
             answering.finish(answer)
         except asyncio.CancelledError:
@@ -159,6 +168,32 @@ class Service:
             prompt = self.engine.prompt(messages, options=self.options(asked))
         return tuple(prompt.ids.tolist()), len(prompt.visual_positions)
 
+    def _load_state(self) -> None:
+        path = self.settings.state
+        if path is None or not path.exists():
+            return
+        try:
+            _LOG.info("%d beginnings are known from before", self.engine.load_state(path))
+        except McvError as error:  # a state is a help, not a need
+            _LOG.warning("%s", error)
+
+    def _save_state(self) -> None:
+        finished, path = self._finished, self.settings.state
+        if path is None or finished == self._saved:
+            return
+        try:
+            self.engine.save_state(path)
+            self._saved = finished
+        except McvError as error:
+            _LOG.warning("%s", error)
+
+    async def save_state_when_idle(self) -> None:
+        """Now and then, as long as this is awaited, so that a killed process leaves something."""
+        while True:
+            await asyncio.sleep(self.settings.save_s)
+            if not self.answering:
+                await self.in_pool(self._save_state)
+
     def metrics_text(self) -> bytes:
         """For Prometheus."""
         self.metrics.note_load(self.admission.running, self.admission.queued, asdict(self.engine.memory()))
@@ -180,9 +215,12 @@ class Service:
         return not pending
 
     def close(self) -> None:
-        """Let go of the threads and the engine."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Let go of the threads and the engine, after what was read is saved."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
         self.stepping.shutdown(wait=True, cancel_futures=True)
+        self._save_state()
+        if self._isolated is not None:
+            self._isolated.close()
         self.engine.close()
 
 

@@ -53,12 +53,14 @@ class Settings:
     """Decode pictures in a process of their own that may open no file and no connection."""
     state: Path | None = None
     """Where the beginnings that were read are kept over a restart."""
+    save_s: float = 300.0
+    """How often that is written while nobody asks, so that a killed process leaves something."""
 
     def __post_init__(self) -> None:
         for name in ("concurrent", "pictures", "answers"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("deadline_s", "keep_alive_s", "body_mb", "body_s", "picture_mb", "fetch_s"):
+        for name in ("deadline_s", "keep_alive_s", "body_mb", "body_s", "picture_mb", "fetch_s", "save_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise OptionError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.queue < 0 or not 0 <= self.drain_s < math.inf:

@@ -1,10 +1,12 @@
 """Who comes first, who waits, who is refused, and what becomes of those who leave."""
 
 import json
+import socket
 import threading
+import time
 
 import pytest
-from tiny_server import ANSWER, Gate, about_demo, endless, text_chat
+from tiny_server import ANSWER, DEMO, LONG, Gate, about_demo, endless, text_chat
 
 pytestmark = pytest.mark.waits
 CHAT = "/v1/chat/completions"
@@ -19,6 +21,12 @@ def until(found, wanted):
 
 def slots(client):
     return client.get("/slots").json()
+
+
+def said(lines):
+    """The text of a stream, from here on."""
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
 
 
 class Asking(threading.Thread):
@@ -74,8 +82,6 @@ def test_a_client_that_leaves_before_its_answer_is_given_up_too(running, client,
 
 
 def _send_and_leave(running, request):
-    import socket
-
     host, port = running.socket.getsockname()
     with socket.create_connection((host, port)) as connection:
         head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(request.content)}\r\n\r\n"
@@ -97,7 +103,7 @@ def test_equal_requests_in_flight_are_computed_once(serving, engine):
         until(lambda: slots(client), lambda found: len(found) == 2)  # one that draws is not the same as another
         gate.open()
         texts = [asking.answer()["choices"][0]["message"]["content"] for asking in (first, second)]
-        assert texts == ["ab" * 1500] * 2
+        assert texts == [LONG] * 2
         other.join()
         assert "mcv_requests_joined_total 1.0" in client.get("/metrics").text
 
@@ -107,11 +113,11 @@ def test_one_of_two_equal_ones_may_leave(serving, engine):
         staying = Asking(running, endless())
         staying.start()
         gate.reached.acquire()
-        with client.stream("POST", CHAT, json=endless(stream=True)):
-            until(lambda: slots(running.client()), lambda found: found[0]["listeners"] == 2)
+        with running.client() as other, other.stream("POST", CHAT, json=endless(stream=True)):
+            until(lambda: slots(client), lambda found: found[0]["listeners"] == 2)
         until(lambda: slots(client), lambda found: found[0]["listeners"] == 1)
         gate.open()
-        assert staying.answer()["choices"][0]["message"]["content"] == "ab" * 1500
+        assert staying.answer()["choices"][0]["message"]["content"] == LONG
 
 
 def test_queue_overflow_says_when_to_come_back(serving, engine):
@@ -131,37 +137,26 @@ def test_queue_overflow_says_when_to_come_back(serving, engine):
             assert client.get(path).status_code == 200
         assert "vllm:num_requests_waiting" in client.get("/metrics").text
         gate.open()
-        assert first.answer()["choices"][0]["message"]["content"] == "ab" * 1500
+        assert first.answer()["choices"][0]["message"]["content"] == LONG
         assert second.answer()["choices"]
 
 
 def test_clients_take_turns_in_the_queue(serving, engine):
     with serving(concurrent=1, queue=9, api_keys=("one", "two")) as running, Gate(engine) as gate:
         keys = [{"authorization": f"Bearer {key}"} for key in ("one", "two")]
-        with running.client(headers=keys[0]) as client:
-            order = []
-
-            def ask(key, name):
-                asking = Asking(running, text_chat(f"Hello {name}", guided_regex="ab", max_tokens=5), keys[key])
-                asking.start()
-                return asking
-
-            first = ask(0, "first")
-            gate.reached.acquire()
-            waiting = []
-            for key, name in ((0, "a"), (0, "b"), (0, "c"), (1, "d")):
-                waiting.append((name, ask(key, name)))
-                until(lambda: slots(client), lambda found, many=len(waiting): len(found) == 1 + many)
-            numbers = {one["id"]: name for one, (name, _) in zip(slots(client)[1:], waiting, strict=True)}
-            while len(order) < 4:
-                gate.let(1)
-                until(lambda: slots(client), lambda found: not found or found[0]["id"] not in order)
-                running_now = [one["id"] for one in slots(client) if one["state"] != "queued" and one["id"] in numbers]
-                order += [number for number in running_now if number not in order]
-            gate.open()
-            assert [numbers[number] for number in order][:2] in (["a", "d"], ["d", "a"])
-            for _, asking in [("first", first), *waiting]:
-                assert asking.answer()["choices"]
+        every = []
+        for at, key in enumerate((0, 0, 0, 0, 1)):
+            every.append(Asking(running, text_chat(f"Hello {at}", max_tokens=2), keys[key]))
+            every[-1].start()
+            if not at:
+                gate.reached.acquire()
+            until(lambda: list(running.service.answering.values()), lambda found, many=at + 1: len(found) == many)
+        found = list(running.service.answering.values())
+        gate.open()
+        for asking in every:
+            assert asking.answer()["choices"]
+        # the one that ran, then one of each client, then what is left of the first's
+        assert sorted(range(5), key=lambda at: found[at].admitted) == [0, 1, 4, 2, 3]
 
 
 def test_deadline_ends_an_answer_as_far_as_it_is(serving, engine):
@@ -170,7 +165,7 @@ def test_deadline_ends_an_answer_as_far_as_it_is(serving, engine):
         asking.start()
         gate.reached.acquire()
         (one,) = running.service.answering.values()
-        while one.deadline > __import__("time").monotonic():
+        while one.deadline > time.monotonic():
             pass
         gate.let(1)
         (choice,) = asking.answer()["choices"]
@@ -194,17 +189,13 @@ def test_deadline_of_one_that_waits(serving, engine):
 
 def test_streams_say_something_while_nothing_happens(serving, engine):
     with serving(keep_alive_s=0.05) as running, running.client() as client, Gate(engine) as gate:
-        with client.stream("POST", CHAT, json=endless(stream=True)) as response:
-            lines = response.iter_lines()
-            while next(lines) != ": keep-alive":
-                pass
-            gate.open()
-            text = ""
-            for line in lines:
-                if line.startswith("data: {"):
-                    choice = json.loads(line[6:])["choices"][0]
-                    text += choice["delta"].get("content") or ""
-            assert text == "ab" * 1500
+        response = client.send(client.build_request("POST", CHAT, json=endless(stream=True)), stream=True)
+        lines = response.iter_lines()
+        before = []
+        while (line := next(lines)) != ": keep-alive":
+            before.append(line)
+        gate.open()
+        assert said(before) + said(lines) == LONG
 
 
 def test_streams_say_something_while_a_request_waits(serving, engine):
@@ -217,9 +208,7 @@ def test_streams_say_something_while_a_request_waits(serving, engine):
             while next(lines) != ": keep-alive":
                 pass
             gate.open()
-            assert ANSWER in "".join(
-                json.loads(line[6:])["choices"][0]["delta"].get("content") or "" for line in lines if line.startswith("data: {")
-            )
+            assert said(lines) == ANSWER
         first.join()
 
 
@@ -235,21 +224,15 @@ def test_an_error_after_the_stream_began_is_its_last_line(serving, engine):
             while next(lines) != ": keep-alive":
                 pass
             gate.open()
-            said = [line for line in lines if line.startswith("data: ")]
-        assert json.loads(said[-2][6:])["error"]["code"] == "invalid_image" and said[-1] == "data: [DONE]"
+            last = [line for line in lines if line.startswith("data: ")]
+        assert json.loads(last[-2][6:])["error"]["code"] == "invalid_image" and last[-1] == "data: [DONE]"
         first.join()
 
 
 def test_answers_beside_others_are_those_of_one_by_one(running, engine):
     questions = ["What does the text say?", "Describe the picture.", "Which colour is the text?", "What shape is it?"] * 4
-    alone = [engine.ask(_demo(), question).text for question in questions]
+    alone = [engine.ask(DEMO, question).text for question in questions]
     asking = [Asking(running, about_demo(question)) for question in questions]
     for one in asking:
         one.start()
     assert [one.answer()["choices"][0]["message"]["content"] for one in asking] == alone
-
-
-def _demo():
-    from tiny_server import DEMO
-
-    return DEMO

@@ -135,6 +135,9 @@ class Gate:
         self.let(1)
 
 
+LONG = "ab" * 100
+
+
 def endless(**more: Any) -> dict[str, Any]:
     """A chat whose answer is long."""
-    return text_chat("Hello", guided_regex="(ab){1500}", max_tokens=3000, **more)
+    return text_chat("Hello", guided_regex="(ab){100}", max_tokens=300, **more)
