@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mcv_runtime import McvError, OptionError, load
+from mcv_runtime import OptionError, load
+from mcv_runtime.command import terminal
 from mcv_runtime.files import at_home, read_text
 from mcv_runtime.pictures.images import MAX_PIXELS
 from mcv_serve.server import Server, serve
@@ -168,11 +170,8 @@ def _keys(given: Any, file: Path | None) -> tuple[str, ...]:
 
 def main() -> None:
     """The command; a known mistake is one line and exit code 2."""
-    try:
-        app(standalone_mode=True)
-    except McvError as error:
-        typer.echo(f"mcv-serve: {error}", err=True)
-        raise SystemExit(error.exit_code) from None
+    warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata and large pictures: the client has our own line
+    terminal.run(app, "mcv-serve")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ CHAT = "/v1/chat/completions"
 def until(found, wanted):
     """Ask until the answer is what is wanted."""
     while not wanted(value := found()):
-        pass
+        time.sleep(0.005)
     return value
 
 
