@@ -150,7 +150,11 @@ def test_openai_responses(sdk):
     (call,) = called.output
     assert call.type == "function_call" and set(json.loads(call.arguments)) == {"good"}
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
-    history = [{"role": "user", "content": "Note it."}, call.model_dump(exclude={"parsed_arguments"}), result]
+    history = [
+        {"role": "user", "content": "Note it."},
+        call.model_dump(exclude={"parsed_arguments"}, exclude_none=True),
+        result,
+    ]
     assert sdk.responses.create(model="any", input=history, max_output_tokens=2).output
     with pytest.raises(openai.BadRequestError, match="previous_response_id"):
         sdk.responses.create(model="any", input="x", previous_response_id="resp_1")
