@@ -20,7 +20,7 @@ from mcv_runtime.errors import (
 from mcv_runtime.pictures.picture import Clip, Picture
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.progress import Event, Progress
-from mcv_runtime.request.answer import Answer, Completion, Timings
+from mcv_runtime.request.answer import Answer, Completion, Piece, Timings
 from mcv_runtime.request.options import Options, PictureOptions
 from mcv_runtime.request.request import Request
 from mcv_runtime.text.grounding import Region, locate
@@ -47,6 +47,7 @@ __all__ = [
     "OutputError",
     "Picture",
     "PictureOptions",
+    "Piece",
     "Progress",
     "Prompt",
     "PromptError",

@@ -19,6 +19,7 @@ from mcv_runtime.bundle.manifest import GraphName, Manifest
 from mcv_runtime.choosing.constraints import Grammars
 from mcv_runtime.conversation.chat import Chat
 from mcv_runtime.conversation.chat_file import read_chat
+from mcv_runtime.conversation.state_file import read_state, write_state
 from mcv_runtime.decoding.answering import Answerer
 from mcv_runtime.decoding.arena import DeviceArena, HostArena
 from mcv_runtime.decoding.decoder import Decoder
@@ -69,6 +70,10 @@ class EngineInfo:
     downsample_modes: tuple[str, ...]
     video: bool
     thinking: bool
+    tools: bool
+    """Whether the chat template knows functions that may be called."""
+    vocab_size: int
+    """Token ids are below."""
     precisions: dict[str, str]
     """By graph."""
     provider: str
@@ -195,7 +200,8 @@ class Engine:
         prompts = PromptBuilder(tokenizer, template, manifest.text, manifest.placeholder)
         self._sessions, self._vision, self._scheduler = sessions, vision, scheduler
         self._preparer = Preparer(manifest, prompts, max_pixels)
-        self._memory, self._provider, self._threads, self._thinks = memory, provider, threads, template.can_think
+        self._memory, self._provider, self._threads = memory, provider, threads
+        self._tokenizer, self._template = tokenizer, template
         self._answerer = Answerer(
             manifest,
             self._preparer,
@@ -306,11 +312,23 @@ class Engine:
             max_slice_nums=manifest.image.max_slice_nums,
             downsample_modes=tuple(manifest.image.downsample),
             video=manifest.video is not None,
-            thinking=self._thinks,
+            thinking=self._template.can_think,
+            tools=self._template.can_call,
+            vocab_size=manifest.text.vocab_size,
             precisions={name: graph.precision for name, graph in manifest.graphs.items()},
             provider=self._provider,
             threads=self._threads,
         )
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """Ids of a text; what looks like a control token is one."""
+        return tuple(self._tokenizer.encode(text))
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of ids, control tokens included."""
+        if bad := [token for token in tokens if not 0 <= token < self.bundle.manifest.text.vocab_size]:
+            raise OptionError(f"there is no token {bad[0]}; this model has {self.bundle.manifest.text.vocab_size:,}")
+        return self._tokenizer.decode(tokens)
 
     def memory(self) -> MemoryUse:
         """What is held now, by kind."""
@@ -329,6 +347,16 @@ class Engine:
         with self._scheduler.work.exclusive():
             self._scheduler.slots.clear()
             self._vision.cache.clear()
+
+    def save_state(self, path: str | Path) -> int:
+        """Write what earlier requests have read to a file, all or nothing, and say how many they are; raises `OutputError`."""
+        with self._scheduler.work.exclusive():
+            return write_state(Path(path), self.bundle, self._scheduler.slots)
+
+    def load_state(self, path: str | Path) -> int:
+        """Know again what `save_state` wrote, as far as there is room; raises `ChatFileError` for a file of another bundle."""
+        with self._scheduler.work.exclusive():
+            return read_state(Path(path), self.bundle, self._scheduler.slots)
 
     def close(self) -> None:
         """End all requests with an error, and let go of sessions and memory."""

@@ -101,7 +101,7 @@ def test_empty_prompt(builder, parts):
 
 def test_unknown_role():
     with pytest.raises(PromptError, match="role"):
-        Message("tool", ("x",))
+        Message("critic", ("x",))
 
 
 def test_placeholder_rows():

@@ -10,7 +10,7 @@ import mcv_runtime
 PUBLIC = {
     "Answer", "Bundle", "BundleCorruptError", "BundleError", "Chat", "ChatFileError", "CheckpointError", "Clip", "Completion",
     "Engine", "EngineInfo", "Event", "ImageError", "McvError", "MemoryUse", "OptionError", "Options", "OutputError", "Picture",
-    "PictureOptions", "Progress", "Prompt", "PromptError", "Region", "Request", "ResourceError", "RunError", "Ticket",
+    "PictureOptions", "Piece", "Progress", "Prompt", "PromptError", "Region", "Request", "ResourceError", "RunError", "Ticket",
     "Timings", "Video", "load", "locate",
 }  # fmt: skip
 

@@ -214,3 +214,30 @@ def test_threads_share_what_was_read(engine, forgetful, drawn):
     for thread in threads:
         thread.join()
     assert found == wanted
+
+
+def test_state_of_an_engine_survives_it(bundle_of, tmp_path, family):
+    folder, path = bundle_of(family), tmp_path / "state"
+    questions = ["What is one?", "What is two, then?"]
+    with load(folder, threads=1) as first:
+        answers = [first.ask(None, question, max_new_tokens=4) for question in questions]
+        assert first.save_state(path) == 2
+    with load(folder, threads=1) as second:
+        assert second.load_state(path) == 2
+        again = [second.ask(None, question, max_new_tokens=4) for question in questions]
+    assert [one.tokens for one in again] == [one.tokens for one in answers]
+    assert all(one.reused_tokens > 0.8 * len(one.prompt_tokens) for one in again)
+
+
+def test_state_of_another_bundle_or_damaged(bundle_of, tmp_path, family):
+    path = tmp_path / "state"
+    with load(threads=1) as other:
+        other.ask(None, "What is one?", max_new_tokens=2)
+        other.save_state(path)
+    with load(bundle_of(family), threads=1) as engine, pytest.raises(ChatFileError, match="another bundle"):
+        engine.load_state(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with load(threads=1) as engine:
+        with pytest.raises(ChatFileError, match="damaged"):
+            engine.load_state(path)
+        assert engine.memory().kept == 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,12 +23,13 @@ _NUCLEUS = 512
 class Sampling:
     """How a token is drawn; the default is the model's own distribution.
 
-    In this order, each on what the one before has left: `repetition_penalty` divides positive logits of tokens that were
-    generated before and multiplies negative ones, `presence_penalty` is subtracted from them, `temperature` divides all (0:
-    the likeliest token, nothing is drawn), `top_k` keeps that many (0: all) and what is as likely as the last of them, `top_p`
-    the fewest that make up that probability, `min_p` those at least that fraction as likely as the likeliest. Tokens are
-    ordered by their logits, of which many round to one probability; of equal logits the lower ids come first. Without a `seed`
-    every answer differs.
+    In this order, each on what the one before has left: `logit_bias` is added to the logits of the ids it names,
+    `repetition_penalty` divides positive logits of tokens that were generated before and multiplies negative ones,
+    `presence_penalty` is subtracted from them, and `frequency_penalty` as often as each was generated, `temperature` divides
+    all (0: the likeliest token, nothing is drawn), `top_k` keeps that many (0: all) and what is as likely as the last of them,
+    `top_p` the fewest that make up that probability, `min_p` those at least that fraction as likely as the likeliest. Tokens
+    are ordered by their logits, of which many round to one probability; of equal logits the lower ids come first. Without a
+    `seed` every answer differs.
     """
 
     temperature: float = 1.0
@@ -36,6 +38,8 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +55,11 @@ class Sampling:
             raise OptionError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
         if not math.isfinite(self.presence_penalty):
             raise OptionError(f"presence_penalty must be a number, not {self.presence_penalty}")
+        if not math.isfinite(self.frequency_penalty):
+            raise OptionError(f"frequency_penalty must be a number, not {self.frequency_penalty}")
+        for token, bias in self.logit_bias.items():
+            if not _is_number(token, Integral) or token < 0 or not _is_number(bias, Real) or not math.isfinite(bias):
+                raise OptionError(f"logit_bias gives numbers by token id, not {bias!r} for {token!r}")
         if self.seed is not None and self.seed < 0:
             raise OptionError(f"seed must be at least 0, not {self.seed}")
 
@@ -88,17 +97,32 @@ def penalised(
     generated: Collection[int],
     repetition_penalty: float = 1.0,
     presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
 ) -> NDArray[np.floating[Any]]:
-    """`scores_V` with `generated` tokens made less likely, however often each was generated (arXiv:1909.05858 for the first).
+    """`scores_V` with `generated` tokens made less likely; only the last counts how often (arXiv:1909.05858 for the first).
 
     The scores themselves where there is nothing to do, else a copy.
     """
-    if not generated or (repetition_penalty == 1.0 and not presence_penalty):
+    if not generated or (repetition_penalty == 1.0 and not presence_penalty and not frequency_penalty):
         return scores_V
-    ids = np.unique(np.fromiter(generated, np.int64, len(generated)))
+    ids, counts = np.unique(np.fromiter(generated, np.int64, len(generated)), return_counts=True)
     result = scores_V.copy()
     before, penalty = result[ids], result.dtype.type(repetition_penalty)
     result[ids] = np.where(before > 0, before / penalty, before * penalty) - result.dtype.type(presence_penalty)
+    if frequency_penalty:
+        result[ids] -= (frequency_penalty * counts).astype(result.dtype)
+    return result
+
+
+def biased(scores_V: NDArray[np.floating[Any]], logit_bias: Mapping[int, float]) -> NDArray[np.floating[Any]]:
+    """`scores_V` with what is said of single ids added; the scores themselves where nothing is, else a copy."""
+    if not logit_bias:
+        return scores_V
+    ids = np.fromiter(logit_bias, np.int64, len(logit_bias))
+    if ids.max() >= len(scores_V):
+        raise OptionError(f"logit_bias names the token {ids.max()}, but this model has {len(scores_V):,}")
+    result = scores_V.copy()
+    result[ids] += np.fromiter(logit_bias.values(), result.dtype, len(ids))
     return result
 
 
@@ -118,7 +142,13 @@ def _candidates(
     logits_V: NDArray[np.floating[Any]], settings: Sampling, generated: Collection[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Ascending ids of the tokens that may be drawn, and weights in proportion to their probabilities."""
-    scores_V = penalised(logits_V, generated, settings.repetition_penalty, settings.presence_penalty)
+    scores_V = penalised(
+        biased(logits_V, settings.logit_bias),
+        generated,
+        settings.repetition_penalty,
+        settings.presence_penalty,
+        settings.frequency_penalty,
+    )
     if settings.temperature == 0:
         return np.array([scores_V.argmax()]), np.ones(1)
     ids = np.arange(len(scores_V))
@@ -157,3 +187,7 @@ def _above(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.int64]:
     """Ascending ids of the `count` highest scores and of those that equal the last of them, without those of -inf."""
     threshold = np.partition(scores, -count)[-count] if count < len(scores) else -math.inf
     return np.flatnonzero(scores >= threshold if threshold > -math.inf else scores > threshold)
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -228,7 +228,13 @@ def _paths(rest: str, example: str, most: int | None = None) -> list[Path]:
 
 def _figures(answer: Answer) -> str:
     speed = "" if answer.tokens_per_s is None else f", {answer.tokens_per_s:.1f} a second"
-    ends = {"stop": "", "length": "; it may go on", "timeout": "; the time is up", "cancelled": "; stopped"}
+    ends = {
+        "stop": "",
+        "length": "; it may go on",
+        "repetition": "; it went round in circles",
+        "timeout": "; the time is up",
+        "cancelled": "; stopped",
+    }
     reused = f"{answer.reused_tokens:,} of {len(answer.prompt_tokens):,} prompt tokens were known"
     return f"{len(answer.tokens):,} tokens{speed}; {reused}{ends[answer.stop_reason]}"
 

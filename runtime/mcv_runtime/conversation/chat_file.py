@@ -6,12 +6,8 @@ One file: a line with the format, a line with the sha256 of all that follows, an
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import re
-import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +18,11 @@ import numpy as np
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import Manifest
 from mcv_runtime.bundle.typed_json import Between, parse
+from mcv_runtime.conversation.sealed_archive import Add, sealed, write_sealed
 from mcv_runtime.decoding.row import Row
 from mcv_runtime.decoding.slots import Slots
-from mcv_runtime.errors import ChatFileError, OutputError, ResourceError, printable
-from mcv_runtime.files import open_regular, parse_json
+from mcv_runtime.errors import ChatFileError
+from mcv_runtime.files import parse_json
 from mcv_runtime.pictures.picture import Clip, Picture
 from mcv_runtime.pictures.slicing import SliceGrid
 from mcv_runtime.request.preparation import Part
@@ -45,53 +42,42 @@ def write_chat(path: Path, bundle: Bundle, messages: Sequence[Message[Part]], sl
         "bundle": bundle.identity,
         "messages": [{"role": m.role, "parts": [_described(part, embeds) for part in m.parts]} for m in messages],
     }
-    try:
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w+b") as file:
-                file.write(_MAGIC + b"0" * 64 + b"\n")
-                with zipfile.ZipFile(file, "w") as archive:  # one tensor after the other: a copy of all may not fit
-                    _add(archive, "header", np.frombuffer(json.dumps(header).encode(), np.uint8))
-                    for number, visual_tokens in enumerate(embeds):
-                        _add(archive, f"embeds/{number}", visual_tokens)
-                    if row is not None:
-                        _add(archive, "keys", row.keys)
-                        for name, tensor in slots.export(row):
-                            _add(archive, f"cache/{name}", tensor)
-                        for length, states in row.checkpoints.items():
-                            for index, state in enumerate(states):
-                                _add(archive, f"states/{length}/{index}", state)
-                digest = _digest(file)
-                file.seek(len(_MAGIC))
-                file.write(digest)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(partial).replace(path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+    def fill(add: Add) -> None:
+        add("header", np.frombuffer(json.dumps(header).encode(), np.uint8))
+        for number, visual_tokens in enumerate(embeds):
+            add(f"embeds/{number}", visual_tokens)
+        if row is not None:
+            write_row(add, slots, row)
+
+    write_sealed(path, _MAGIC, fill)
+
+
+def write_row(add: Add, slots: Slots, row: Row, prefix: str = "") -> None:
+    """All that a row is, each tensor under a name that begins with `prefix`."""
+    add(f"{prefix}keys", row.keys)
+    for name, tensor in slots.export(row):
+        add(f"{prefix}cache/{name}", tensor)
+    for length, states in row.checkpoints.items():
+        for index, state in enumerate(states):
+            add(f"{prefix}states/{length}/{index}", state)
+
+
+def read_row(archive: Mapping[str, NDArray[Any]], slots: Slots, prefix: str = "") -> Row | None:
+    """A row as `write_row` wrote it, if there is room for it."""
+    states: dict[int, list[NDArray[Any]]] = {}
+    start = f"{prefix}states/"
+    for name in archive:  # in the order in which they were written
+        if name.startswith(start):
+            states.setdefault(int(name.removeprefix(start).split("/")[0]), []).append(archive[name])
+    checkpoints = {at: tuple(parts) for at, parts in states.items()}
+    return slots.restore(archive[f"{prefix}keys"], lambda name: archive[f"{prefix}cache/{name}"], checkpoints)
 
 
 def read_chat(path: Path, bundle: Bundle, slots: Slots) -> tuple[list[Message[Part]], Row | None]:
     """What `write_chat` wrote, and the row if there is room for it; raises `ChatFileError`."""
-    try:
-        with open_regular(path, error=ChatFileError) as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                raise ChatFileError(f"{path} is not a conversation that was saved by this version")
-            wanted = file.read(65)
-            if wanted != _digest(file) + b"\n":
-                raise ChatFileError(f"{path} is damaged: its checksum does not fit; start the conversation again")
-            file.seek(len(_MAGIC) + 65)
-            with np.load(file, allow_pickle=False) as archive:
-                return _unpacked(path, bundle, slots, archive)
-    except (ChatFileError, ResourceError):
-        raise
-    except OSError as error:
-        raise ChatFileError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # zipfile, zlib and numpy raise whatever a damaged archive makes them raise
-        raise ChatFileError(f"{path} is damaged ({_reason(error)}); start the conversation again") from None
+    with sealed(path, _MAGIC, "a conversation", "start the conversation again") as archive:
+        return _unpacked(path, bundle, slots, archive)
 
 
 def _unpacked(
@@ -105,25 +91,7 @@ def _unpacked(
     messages: list[Message[Part]] = [
         Message(m["role"], tuple(_restored(part, archive, bundle.manifest) for part in m["parts"])) for m in header["messages"]
     ]
-    if "keys" not in archive:
-        return messages, None
-    states: dict[int, list[NDArray[Any]]] = {}
-    for name in archive:  # in the order in which they were written
-        if name.startswith("states/"):
-            states.setdefault(int(name.split("/")[1]), []).append(archive[name])
-    checkpoints = {at: tuple(parts) for at, parts in states.items()}
-    return messages, slots.restore(archive["keys"], lambda name: archive[f"cache/{name}"], checkpoints)
-
-
-def _add(archive: zipfile.ZipFile, name: str, values: NDArray[Any]) -> None:
-    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-        np.lib.format.write_array(member, values, allow_pickle=False)
-
-
-def _digest(file: Any) -> bytes:
-    """Of all behind the digest's own place."""
-    file.seek(len(_MAGIC) + 65)
-    return hashlib.file_digest(file, "sha256").hexdigest().encode()
+    return messages, read_row(archive, slots) if "keys" in archive else None
 
 
 def _described(part: str | Part, embeds: list[NDArray[np.float32]]) -> Any:
@@ -175,7 +143,3 @@ def _restored(part: Any, arrays: Mapping[str, NDArray[Any]], manifest: Manifest)
         fingerprint=said.fingerprint,
         graphs=said.graphs,
     )
-
-
-def _reason(error: Exception) -> str:
-    return printable(" ".join(str(error).split())[:200]) or type(error).__name__

@@ -365,6 +365,7 @@ class Scheduler:
                 tokens=best.tokens,
                 stop_reason=best.stop_reason,
                 logprobs=best.logprobs,
+                top_logprobs=best.top_logprobs,
                 score=best.score,
                 prompt_tokens=tuple(job.prompt.ids.tolist()),
                 pictures=job.encoded or (),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from mcv_runtime.errors import OptionError
 from mcv_runtime.pictures.picture import Picture
 from mcv_runtime.text.grounding import Region, find_regions
 
-StopReason = Literal["stop", "length", "timeout", "cancelled"]
+StopReason = Literal["stop", "length", "repetition", "timeout", "cancelled"]
 Phase = Literal["preprocess", "vision", "prefill", "decode"]
 
 
@@ -27,6 +27,20 @@ class Timings:
     """The longest time between two of its tokens, whatever else was done meanwhile."""
 
 
+TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]
+"""The likeliest tokens of a place and their log-probabilities, the likeliest first."""
+
+
+class Piece(str):
+    """A piece of an answer's text that knows its tokens: those since the piece before, some of which may have no text."""
+
+    __slots__ = ("logprobs", "tokens", "top_logprobs")
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Empty unless asked for."""
+    top_logprobs: tuple[TopLogprobs, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One text that a model made of a prompt."""
@@ -36,9 +50,11 @@ class Completion:
     """Generated ids, the stop token included."""
     stop_reason: StopReason
     """`stop`: the model or a stop string ended the answer; `length`: it ran into max_new_tokens or the end of the context;
-    `timeout` and `cancelled`: this is how far it came."""
+    `repetition`: it said one thing over and over, see `repeat_guard`; `timeout` and `cancelled`: this is how far it came."""
     logprobs: tuple[float, ...] | None = None
     """Log-probability of each token under the model, before penalties and temperature; None unless asked for."""
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
+    """With top_logprobs: the likeliest tokens of each place."""
     score: float | None = None
     """What beam search ranks by: the sum of the log-probabilities over a power of the length."""
 

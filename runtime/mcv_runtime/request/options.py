@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, TypedDict, TypeVar
 
 from mcv_runtime.bundle.manifest import GenerationSpec, SmallImageUpsize
 from mcv_runtime.choosing.constraints import GrammarKind
+from mcv_runtime.choosing.repetition import LEAST_REPEAT_GUARD
 from mcv_runtime.choosing.sampling import Sampling
 from mcv_runtime.errors import OptionError
 from mcv_runtime.progress import Progress
@@ -18,6 +19,8 @@ from mcv_runtime.request.option_types import check_names, check_types
 
 MOST_ROWS = 256
 """Answers, or beams, that are decoded side by side: each has a row of its own."""
+MOST_TOP_LOGPROBS = 256
+"""Likeliest tokens of a place that are told."""
 PICTURES, TOKENS, END, ASKING, MACHINE = "pictures", "tokens", "end", "asking", "machine"
 """Groups of options."""
 _PREFILL_CHUNK = 512
@@ -66,6 +69,10 @@ class Options(PictureOptions):
 
     use_image_id: bool | None = _option("Number the pictures in the prompt.", PICTURES)
     thinking: bool | None = _option("Let the model think first, if it knows how.", ASKING)
+    tools: Sequence[Mapping[str, Any]] | None = _option(
+        "Functions that the model may call, for chat templates that know such.", ASKING, flag=False
+    )
+    raw: bool | None = _option("Take the prompt as it is, without the chat template.", ASKING, flag=False)
     grounding: bool | None = _option("Take <ref>, <box>, <quad> and <point> in a prompt for the model's own marks.", ASKING)
     temperature: float | None = _option("Draw tokens, the more freely the higher; else the likeliest.", TOKENS, "--temp")
     top_k: int | None = _option("Draw from so many likeliest tokens.", TOKENS)
@@ -74,6 +81,8 @@ class Options(PictureOptions):
     seed: int | None = _option("The same seed, the same answer.", TOKENS)
     repetition_penalty: float | None = _option("Above 1: repeat less.", TOKENS)
     presence_penalty: float | None = _option("Above 0: repeat less.", TOKENS)
+    frequency_penalty: float | None = _option("Above 0: repeat less, the less the more often something was said.", TOKENS)
+    logit_bias: Mapping[int, float] | None = _option("What is added to the logits of token ids.", TOKENS, flag=False)
     num_beams: int | None = _option("Beam search with so many beams.", TOKENS)
     length_penalty: float | None = _option("Of beam search; above 0: prefer longer answers.", TOKENS)
     early_stopping: bool | Literal["never"] | None = _option(
@@ -84,8 +93,10 @@ class Options(PictureOptions):
     num_return_sequences: int | None = _option("So many answers, the best first.", TOKENS)
     prompt_lookup: bool | None = _option("Guess tokens from the prompt: the same answer, often sooner.", TOKENS)
     logprobs: bool | None = _option("With --json or --batch: the log-probability of every token.", TOKENS)
+    top_logprobs: int | None = _option("With the log-probabilities: the likeliest tokens of each place.", TOKENS, flag=False)
     max_new_tokens: int | None = _option("Longest answer, in tokens; the memory for it is set aside.", END, "-n")
     stop: str | Sequence[str] | None = _option("End the answer before this text; may be repeated.", END)
+    repeat_guard: int | None = _option("End an answer whose last so many tokens say one thing over and over.", END)
     stop_token_ids: Sequence[int] | None = _option("Ids that end an answer, besides the model's own.", END, flag=False)
     timeout: float | None = _option("Seconds after which an answer ends as far as it is.", END)
     cancel: threading.Event | None = _option("Ends the answer as far as it is, once set by any thread.", END, flag=False)
@@ -113,6 +124,8 @@ class Keywords(PictureKeywords, total=False):
 
     use_image_id: bool | None
     thinking: bool | None
+    tools: Sequence[Mapping[str, Any]] | None
+    raw: bool | None
     grounding: bool | None
     temperature: float | None
     top_k: int | None
@@ -121,14 +134,18 @@ class Keywords(PictureKeywords, total=False):
     seed: int | None
     repetition_penalty: float | None
     presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
     num_beams: int | None
     length_penalty: float | None
     early_stopping: bool | Literal["never"] | None
     num_return_sequences: int | None
     prompt_lookup: bool | None
     logprobs: bool | None
+    top_logprobs: int | None
     max_new_tokens: int | None
     stop: str | Sequence[str] | None
+    repeat_guard: int | None
     stop_token_ids: Sequence[int] | None
     timeout: float | None
     cancel: threading.Event | None
@@ -154,9 +171,12 @@ class Settings:
     num_return_sequences: int
     prompt_lookup: bool
     logprobs: bool
+    top_logprobs: int
     grounding: bool
     guide: tuple[GrammarKind, Any] | None
     """The kind of constraint and what it is."""
+    repeat_guard: int
+    """0: none."""
     timeout: float | None
     prefill_chunk: int
 
@@ -175,11 +195,19 @@ class Settings:
             raise OptionError(f"length_penalty must be a number, not {self.length_penalty}")
         if self.num_beams > 1 and self.sampled:
             raise OptionError("num_beams and temperature exclude each other; leave one out")
-        if self.num_beams > 1 and self.sampling.presence_penalty:
-            raise OptionError("num_beams knows no presence_penalty; use repetition_penalty")
+        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+            if self.num_beams > 1 and getattr(self.sampling, name):
+                raise OptionError(f"num_beams knows no {name}; use repetition_penalty")
+        if not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
+            raise OptionError(f"top_logprobs must be from 0 to {MOST_TOP_LOGPROBS}, not {self.top_logprobs}")
+        if self.top_logprobs and not self.logprobs:
+            raise OptionError("top_logprobs needs logprobs")
+        if self.repeat_guard and self.repeat_guard < LEAST_REPEAT_GUARD:
+            raise OptionError(f"repeat_guard must be at least {LEAST_REPEAT_GUARD} tokens, or 0, not {self.repeat_guard}")
         if self.num_return_sequences > (math.inf if self.sampled else self.num_beams):
             raise OptionError("num_return_sequences needs a temperature, or at least as many num_beams")
-        if self.prompt_lookup and (self.sampled or self.num_beams > 1 or self.guide or self.sampling.presence_penalty):
+        penalties = self.sampling.presence_penalty or self.sampling.frequency_penalty
+        if self.prompt_lookup and (self.sampled or self.num_beams > 1 or self.guide or penalties):
             raise OptionError(
                 "prompt_lookup gives the greedy answer; leave out temperature, num_beams, constraints and penalties"
             )
@@ -212,6 +240,8 @@ class Settings:
                 min_p=given.get("min_p", 0.0),
                 repetition_penalty=given.get("repetition_penalty", defaults.repetition_penalty),
                 presence_penalty=given.get("presence_penalty", 0.0),
+                frequency_penalty=given.get("frequency_penalty", 0.0),
+                logit_bias=given.get("logit_bias", {}),
                 seed=given.get("seed"),
             ),
             num_beams=given.get("num_beams", 1),
@@ -220,8 +250,10 @@ class Settings:
             num_return_sequences=given.get("num_return_sequences", 1),
             prompt_lookup=given.get("prompt_lookup", False),
             logprobs=given.get("logprobs", False),
+            top_logprobs=given.get("top_logprobs", 0),
             grounding=given.get("grounding", False),
             guide=guides[0] if guides else None,
+            repeat_guard=given.get("repeat_guard", 0),
             timeout=given.get("timeout"),
             prefill_chunk=given.get("prefill_chunk", _PREFILL_CHUNK),
         )

@@ -21,7 +21,11 @@ from mcv_runtime.text.prompts import Message, Prompt, PromptBuilder, slice_token
 PictureSource: TypeAlias = "ImageSource | Picture | Video | Clip"
 Part: TypeAlias = SlicedPicture | Picture | Clip
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
-"""`{"role": "system", "user" or "assistant", "content": text}`, or as content a list of texts (str) and pictures (not str)."""
+"""`{"role": "system", "user" or "assistant", "content": text}`, or as content a list of texts (str) and pictures (not str).
+
+Where the chat template knows functions, an assistant's message may have `tool_calls`, a list of `{"name": ..., "arguments":
+{...}}`, and what they gave is a message of the role `tool`.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +90,7 @@ class Preparer:
                         f"the pictures make {tokens:,} tokens or more, but the model's context holds {context:,} with the"
                         " answer; use fewer pictures or a lower max_slice_nums"
                     )
-            admitted.append(Message(message["role"], tuple(ready)))
+            admitted.append(Message(message["role"], tuple(ready), tuple(message.get("tool_calls") or ())))
         return admitted
 
     def cut(
@@ -121,13 +125,16 @@ class Preparer:
     ) -> Prompt:
         """The prompt of messages whose pictures were looked at; `answering`: up to where the assistant begins."""
         grids: list[Message[SliceGrid | ClipGrid]] = [
-            Message(m.role, tuple(part if isinstance(part, str) else _grid(part) for part in m.parts)) for m in messages
+            Message(m.role, tuple(part if isinstance(part, str) else _grid(part) for part in m.parts), m.tool_calls)
+            for m in messages
         ]
         return self._prompts.build(
             grids,
             use_image_id=options.use_image_id,
             thinking=bool(options.thinking),
             grounding=bool(options.grounding),
+            tools=options.tools or (),
+            raw=bool(options.raw),
             answering=answering,
             check=check,
         )
@@ -194,7 +201,7 @@ class Preparer:
                 self._cut_plan(source, options, check) if isinstance(source, VideoPlan) else self.slice(source, options, check)
             )
 
-        return [Message(message.role, tuple(map(cut, message.parts))) for message in messages]
+        return [Message(message.role, tuple(map(cut, message.parts)), message.tool_calls) for message in messages]
 
     def stops(
         self, prompt: Prompt, messages: Sequence[Message[Part]], options: Options, check: Callable[[], None] = lambda: None
@@ -250,7 +257,7 @@ def with_encoded(messages: Sequence[Message[Part]], encoded: Sequence[Picture]) 
             return Clip(name=part.name, frames=tuple(next(pictures) for _ in part.frames))
         return next(pictures)
 
-    return [Message(message.role, tuple(map(replaced, message.parts))) for message in messages]
+    return [replace(message, parts=tuple(map(replaced, message.parts))) for message in messages]
 
 
 def _frames(part: Part) -> Iterator[SlicedPicture | Picture]:

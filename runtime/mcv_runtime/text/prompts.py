@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Picture = TypeVar("Picture")
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 _THOUGHT_MARKS = re.compile(r"(</?think>)")
 _CHARACTERS_PER_TOKEN = 32
 """The most that are read for each token of the context. Tokens of text stand for 4, those of runs of spaces for up to 128."""
@@ -37,6 +37,8 @@ class Message(Generic[Picture]):
 
     role: Role
     parts: tuple[str | Picture, ...]
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """Of the assistant: `{"name": ..., "arguments": {...}}` each."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -81,10 +83,13 @@ class PromptBuilder:
         thinking: bool = False,
         grounding: bool = False,
         answering: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        raw: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> Prompt:
         """The prompt for `messages`, whose pictures and videos are given as their slice grids.
 
+        `raw`: the messages' own text without the template, in which control tokens are the model's own.
         `grounding`: the marks of places (`<ref>`, `<box>` and the like) are the model's own, not text.
         `answering`: up to where the assistant answers; else the messages alone. `check` is called now and then, and may raise.
         """
@@ -92,13 +97,21 @@ class PromptBuilder:
             raise OptionError("this model has no marks for places in a picture; leave grounding out")
         if not messages or not messages[-1].text.strip():
             raise PromptError("the prompt is empty")
-        self.require_brief(sum(len(message.text) for message in messages))
+        calls = [message.tool_calls for message in messages]
+        texts = [*(message.text for message in messages), *_strings([tools, calls])]
+        self.require_brief(sum(map(len, texts)))
         # A lone surrogate (from a command line or JSON) has no UTF-8 form.
-        messages = [Message(m.role, tuple(_mend(p) if isinstance(p, str) else p for p in m.parts)) for m in messages]
-        guard, mark = _unused_characters("".join(message.text for message in messages))
+        messages = [replace(m, parts=tuple(_mend(p) if isinstance(p, str) else p for p in m.parts)) for m in messages]
+        guard, mark = _unused_characters("".join(texts))
         kept = MARKS if grounding else frozenset()
+        if raw:
+            kept = self.tokenizer.control - {value for value in asdict(self.placeholder).values() if isinstance(value, str)}
         guarded = [self._content(message, guard, mark, kept) for message in messages]
-        rendered = self.template.render(guarded, thinking=thinking, answering=answering, check=check)
+        if raw:
+            rendered = "".join(message["content"] for message in guarded)
+        else:
+            known = self._foreign(tools, guard)
+            rendered = self.template.render(guarded, thinking=thinking, answering=answering, tools=known, check=check)
         visuals = [visual for message in messages for visual in message.pictures]
         between = rendered.split(mark)
         if len(between) != len(visuals) + 1:
@@ -139,9 +152,21 @@ class PromptBuilder:
                 )
         check()
 
-    def _content(self, message: Message[SliceGrid | ClipGrid], guard: str, mark: str, kept: frozenset[str]) -> dict[str, str]:
+    def _content(self, message: Message[SliceGrid | ClipGrid], guard: str, mark: str, kept: frozenset[str]) -> dict[str, Any]:
         parts = (self._guarded(part, message.role, guard, kept) if isinstance(part, str) else mark for part in message.parts)
-        return {"role": message.role, "content": self.text.part_separator.join(parts)}
+        content: dict[str, Any] = {"role": message.role, "content": self.text.part_separator.join(parts)}
+        if message.tool_calls:
+            calls = self._foreign(message.tool_calls, guard)
+            content["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        return content
+
+    def _foreign(self, value: Any, guard: str) -> Any:
+        """What came as JSON, with all of its texts guarded."""
+        if isinstance(value, str):
+            return self.tokenizer.guard_text(_mend(value), guard)
+        if isinstance(value, Mapping):
+            return {self._foreign(key, guard): self._foreign(item, guard) for key, item in value.items()}
+        return [self._foreign(item, guard) for item in value] if isinstance(value, list | tuple) else value
 
     def _guarded(self, text: str, role: Role, guard: str, kept: frozenset[str]) -> str:
         if role == "assistant" and self.template.can_think:  # the template removes earlier thoughts, if it can see them
@@ -241,6 +266,15 @@ def _unused_characters(text: str) -> tuple[str, str]:
     if len(pair) < 2:
         raise PromptError("the prompt holds every private character there is; leave some out")
     return pair[0], pair[1]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in what came as JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in itertools.chain(*value.items()) if isinstance(value, Mapping) else value:
+            yield from _strings(item)
 
 
 def _mend(text: str) -> str:

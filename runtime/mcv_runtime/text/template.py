@@ -67,17 +67,19 @@ class ChatTemplate:
         environment.globals.update(variables or {})
         try:
             parsed = environment.parse(source)
-            self.can_think = "enable_thinking" in jinja2.meta.find_undeclared_variables(parsed)
+            asked = jinja2.meta.find_undeclared_variables(parsed)
+            self.can_think, self.can_call = "enable_thinking" in asked, "tools" in asked
             self._template = environment.from_string(_Metered().visit(parsed))
         except Exception as error:  # what is nested too deeply, or has a number too long, fails inside Python's own compiler
             raise BundleCorruptError(f"the bundle's chat template cannot be used: {_said(error)}") from error
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         thinking: bool = False,
         answering: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
         check: Callable[[], None] = lambda: None,
     ) -> str:
         """The text of a conversation up to where the assistant answers, or thinks first; or without that.
@@ -87,8 +89,12 @@ class ChatTemplate:
         """
         if thinking and not self.can_think:
             raise OptionError("this model does not know thinking; leave the option out")
-        budget = _Budget(len(messages), sum(len(message["content"]) for message in messages), check)
+        if not self.can_call and (tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)):
+            raise OptionError("this model's chat template knows no tools; describe them in the system prompt")
+        budget = _Budget(len(messages) + len(tools), sum(len(str(given)) for given in [*messages, *tools]), check)
         asked = {"messages": messages, "add_generation_prompt": answering, "enable_thinking": thinking, _BUDGET: budget}
+        if tools:
+            asked["tools"] = list(tools)
         try:
             return self._template.render(asked)
         except McvError:

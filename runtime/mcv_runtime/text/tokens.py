@@ -51,6 +51,11 @@ class TextTokenizer:
             raise BundleCorruptError(f"the manifest names the token {token!r}, which the tokenizer does not have")
         return int(number)
 
+    @property
+    def control(self) -> frozenset[str]:
+        """The names of all control tokens."""
+        return frozenset(self._control)
+
     def is_control(self, token: str) -> bool:
         """Whether there is a control token of that name."""
         return token in self._control
