@@ -12,6 +12,8 @@ import os
 import platform
 import tempfile
 from collections.abc import Collection
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mcv_runtime.files import read_regular
@@ -29,6 +31,15 @@ def cache_folder() -> Path:
     if platform.system() == "Windows" and (local := os.environ.get("LOCALAPPDATA")):
         return Path(local) / "mcv" / "Cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mcv"
+
+
+@cache
+def code_version() -> str:
+    """Whose results a cache holds: a part of its keys, so that what another version kept is not found."""
+    try:
+        return version("minicpmv-onnx")
+    except PackageNotFoundError:  # a copy of the sources alone
+        return ""
 
 
 def file_key(path: Path, sha256: str) -> str:
