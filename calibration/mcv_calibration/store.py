@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -15,13 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mcv_runtime.bundle.checked import cache_folder
+from mcv_runtime.bundle.checked import cache_folder, code_version
 from mcv_runtime.files import open_regular
 
 _FORMAT = "1"
 """Of the statistics; another number and nothing kept before is found."""
 _ABANDONED = 24 * 3600
 """Seconds after which what a killed process was writing is nobody's."""
+KEPT_BYTES = 8 << 30
+"""Of each kind of entries: statistics take megabytes, a decoder's quantized blocks gigabytes."""
+_IN_USE = 3600
+"""Seconds since its last use in which an entry may be some other build's."""
+_ENTRY = re.compile(r"[0-9a-f]{64}(\.npz)?")
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +41,31 @@ def fingerprint(files: Iterable[Path]) -> str:
 def content_hash(*parts: str) -> str:
     """A hash that no other list of parts has."""
     return hashlib.sha256("\0".join(f"{len(part)}:{part}" for part in parts).encode(errors="surrogatepass")).hexdigest()
+
+
+def make_room(folder: Path, limit: int = KEPT_BYTES) -> None:
+    """Remove the entries of `folder`, files or folders, that were used longest ago, until they fit into `limit` bytes."""
+    entries = []
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if _ENTRY.fullmatch(path.name) and not path.is_symlink():
+                files = list(path.iterdir()) if path.is_dir() else [path]
+                entries.append((path.stat().st_mtime, sum(file.stat().st_size for file in files), path))
+    total = sum(size for _, size, _ in entries)
+    for used, size, path in sorted(entries):
+        if total <= limit or used > time.time() - _IN_USE:
+            return
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        total -= size
+
+
+def mark_used(path: Path) -> None:
+    """Have `make_room` know that an entry is of use."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
 
 
 class Store:
@@ -51,7 +83,7 @@ class Store:
 
     def key(self, *parts: str) -> str:
         """The name of an entry that depends on `origin` and these parts."""
-        return content_hash(_FORMAT, np.__version__, self._origin, *parts)
+        return content_hash(_FORMAT, code_version(), np.__version__, self._origin, *parts)
 
     def load(self, key: str) -> dict[str, NDArray[Any]] | None:
         """The arrays of an entry; None if there is none, or it is damaged and has been removed."""
@@ -60,7 +92,9 @@ class Store:
         try:
             whole = open_regular(path, error=OSError, within=path.parent)
             with whole as file, np.load(file, allow_pickle=False) as arrays:  # reading checks each array's CRC
-                return {name: arrays[name] for name in arrays.files}
+                found = {name: arrays[name] for name in arrays.files}
+            mark_used(path)
+            return found
         except Exception as error:  # of an archive that is none, numpy and zipfile raise anything
             _log.warning("%s is damaged (%s) and is measured again", path, error)
             with contextlib.suppress(OSError):
@@ -89,6 +123,7 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+            make_room(self._folder)
         except OSError as error:
             self._writable = False
             _log.warning("%s cannot be written (%s): this calibration cannot be continued later", self._folder, error)

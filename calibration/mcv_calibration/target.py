@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
 from typing import Literal, get_args
 
 from mcv_graphs.formats import Int8Format
 from mcv_runtime.errors import OptionError
+from mcv_runtime.sessions.machine import is_arm, sums_exactly
 
 Target = Literal["avx512_vnni", "avx2", "arm64"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 def this_machine() -> Target:
-    """The target that this processor is; without a way to know, the one that is right on every x86."""
-    if platform.machine().lower() in ("arm64", "aarch64"):
+    """The target that this processor is, whatever the system: ONNX Runtime itself shows what its sums do."""
+    if is_arm():
         return "arm64"
-    flags = _flags(_CPUINFO.read_text(encoding="utf-8")) if _CPUINFO.exists() else set()
-    return "avx512_vnni" if flags & {"avx512_vnni", "avx_vnni"} else "avx2"
+    return "avx512_vnni" if sums_exactly() else "avx2"
 
 
 def chosen(target: str | None) -> Target:
@@ -38,9 +35,3 @@ def int8_format(target: Target, activations: Literal["static", "dynamic"]) -> In
     """
     signed = target == "arm64" and activations == "static"
     return Int8Format(activations=activations, signed=signed, reduce_range=target == "avx2")
-
-
-def _flags(cpuinfo: str) -> set[str]:
-    """The first processor's features."""
-    line = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
-    return set(line.partition(":")[2].split())

@@ -27,7 +27,7 @@ from mcv_export.sources import resolve
 from mcv_export.text_graphs import write_text_graphs
 from mcv_export.texts import copy_texts
 from mcv_runtime.bundle.folder import Bundle
-from mcv_runtime.bundle.manifest import FILE_NAME, GraphName, GraphSpec, Manifest
+from mcv_runtime.bundle.manifest import FILE_NAME, GraphName, GraphSpec, Manifest, NeedsSpec
 from mcv_runtime.errors import BundleCorruptError, CheckpointError, printable
 from mcv_runtime.text.template import ChatTemplate
 from mcv_runtime.text.tokens import TextTokenizer
@@ -156,6 +156,7 @@ def build(
             checkpoint=checkpoint_specs(checkpoint_folder),
             adapters=checkpoint.adapters,
             quantization=recipe.to_data(),
+            needs=needs(recipe),
             tools={name: importlib.metadata.version(name) for name in _tools(options)},
         )
         manifest = _write_manifest(folder, describe, specs)
@@ -183,6 +184,14 @@ def _write_manifest(folder: Path, describe: Callable[..., Manifest], specs: Mapp
     manifest = describe(graphs=specs, files=folder_specs(folder))
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def needs(recipe: Recipe) -> NeedsSpec:
+    """What the graphs of a recipe need: the ONNX Runtime that this toolchain is for, and the processor of 8-bit products."""
+    required = importlib.metadata.requires("minicpmv-onnx") or []
+    (floor,) = (found[1] for line in required if (found := re.fullmatch(r"onnxruntime>=([\d.]+)", line)))
+    in_int8 = any(graph.in_int8 for graph in recipe.graphs.values())
+    return NeedsSpec(onnxruntime=floor, processor=recipe.target if in_int8 else "any")
 
 
 def _tools(options: BuildOptions) -> list[str]:

@@ -21,7 +21,7 @@ from mcv_calibration.measured import NOTHING, Measured
 from mcv_calibration.moments import mean_squares
 from mcv_calibration.recipe import GraphRecipe, Recipe
 from mcv_calibration.samples import Sample, SampleSet, builtin_samples, folder_samples
-from mcv_calibration.store import Store, content_hash, fingerprint
+from mcv_calibration.store import Store, content_hash, fingerprint, make_room, mark_used
 from mcv_calibration.target import Target
 from mcv_calibration.walk import AnyDecoder, start
 from mcv_export.checkpoint import Checkpoint
@@ -33,7 +33,7 @@ from mcv_export.sources import Source, resolve
 from mcv_export.storage import Storage, feed_forward
 from mcv_graphs.formats import WeightFormat
 from mcv_graphs.layers import Linear
-from mcv_runtime.bundle.checked import cache_folder
+from mcv_runtime.bundle.checked import cache_folder, code_version
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.engine import Engine
 from mcv_runtime.errors import OptionError, OutputError
@@ -169,10 +169,15 @@ class _Bench:
             done.append(layer)
             self.progress(f"{self.graph.name}: gptq", len(done), len(layers))
 
-        key = content_hash(self._origin(found), self.samples.content_hash(), repr(sorted(formats.items(), key=str)))
-        folder = self.options.store or cache_folder()
-        if folder is None:
+        key = content_hash(
+            code_version(), self._origin(found), self.samples.content_hash(), repr(sorted(formats.items(), key=str))
+        )
+        store = self.options.store or cache_folder()
+        if store is None:
             raise OutputError("gptq keeps what it has done in the home folder, and there is none; set MCV_CACHE to a folder")
+        folder = store / "gptq" / key
+        mark_used(folder)
+        make_room(folder.parent)
         blocks = quantize_layers(
             cast(AnyDecoder, module),
             states,

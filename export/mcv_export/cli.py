@@ -224,6 +224,8 @@ def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
         at = f" @ {adapter.revision}" if adapter.revision else ""
         _say(f"merged: {adapter.name}{at}, weight {adapter.weight:g}")
     _say(f"made with {', '.join(f'{name} {version}' for name, version in manifest.tools.items())}")
+    processor = "" if manifest.needs.processor == "any" else f", processor {manifest.needs.processor}"
+    _say(f"needs onnxruntime {manifest.needs.onnxruntime}{processor}")
     image, text, generation = manifest.image, manifest.text, manifest.generation
     _say(f"images: slices of about {image.scale_resolution} px, at most {image.max_slice_nums}; {_tokens(manifest)}")
     _say(

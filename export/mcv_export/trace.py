@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,6 +50,7 @@ def trace(plan: GraphPlan, storage: Storage = IN_FLOAT) -> tuple[ir.Model, nn.Mo
         optimizer.optimize_ir(model)
     _drop_unused_outputs(model)
     _name_axes(model, io)
+    ClearMetadataAndDocStringPass()(model)  # the tracer's call stacks: this machine's paths, and two thirds of the file
     model.producer_name, model.producer_version = "mcv", None
     return model, module
 

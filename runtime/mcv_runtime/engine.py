@@ -36,6 +36,7 @@ from mcv_runtime.request.request import Request
 from mcv_runtime.sessions.alternating import AlternatingSessions
 from mcv_runtime.sessions.graphs import GraphSessions, SessionFactory
 from mcv_runtime.sessions.graphs import session_options as default_session_options
+from mcv_runtime.sessions.machine import check_machine
 from mcv_runtime.sessions.memory import machine_memory
 from mcv_runtime.sessions.providers import CPU, device_of, provider_session
 from mcv_runtime.text.prompts import Prompt, PromptBuilder
@@ -122,7 +123,8 @@ def load(
     encoded pictures are kept there too, up to `cache_dir_mb`, for other processes. `low_memory` has either the vision graphs
     or the decoder open, never both; `kv` `int8` keeps keys and values in a quarter of the memory, if the bundle has a graph for
     it. `provider` is what of ONNX Runtime computes (`cpu`, `cuda`, `openvino`, ...); `session_options` and `session_factory`
-    replace how its sessions are made. Raises `BundleError`, `BundleCorruptError` or `OptionError`.
+    replace how its sessions are made. Raises `BundleError`, `BundleCorruptError`, `MachineError` or
+    `OptionError`.
     """
     start = time.perf_counter()
     opened = Bundle.open(bundles.DEFAULT if bundle is None else bundle)
@@ -134,6 +136,7 @@ def load(
         raise OptionError(f"provider={provider!r} is for the session factory that was given to choose; leave one of them out")
     factory = provider_session(provider) if session_factory is None else session_factory
     memory = _memory(memory_mb)
+    check_machine(manifest.needs)
     if low_memory and batch_slices == "auto":
         batch_slices = 1  # a trial of batches would take memory
     decoder_graph = _decoder_graph(manifest, kv)

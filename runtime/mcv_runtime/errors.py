@@ -3,6 +3,7 @@
     McvError
     |-- BundleError           (FileNotFoundError)  a bundle, or a file of it, is missing
     |-- BundleCorruptError    (ValueError)         a bundle file is truncated, altered or unreadable
+    |-- MachineError          (RuntimeError)       a bundle needs another processor, or a newer ONNX Runtime
     |-- CheckpointError       (ValueError)         a published checkpoint cannot be used
     |-- OutputError           (OSError)            a result cannot be written
     |-- ImageError            (ValueError)         a picture cannot be used
@@ -31,6 +32,10 @@ class BundleError(McvError, FileNotFoundError):
 
 class BundleCorruptError(McvError, ValueError):
     """A bundle's file does not hold what its manifest says."""
+
+
+class MachineError(McvError, RuntimeError):
+    """A bundle is made for another processor, or a newer ONNX Runtime, than there is."""
 
 
 class CheckpointError(McvError, ValueError):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mcv_calibration.store import Store, content_hash, fingerprint
+from mcv_calibration.store import Store, content_hash, fingerprint, make_room, mark_used
 from mcv_runtime.bundle.checked import cache_folder, known, remember
 
 ARRAYS = {"a/b": np.arange(5000, dtype=np.float32), "done": np.array(3)}
@@ -146,3 +146,44 @@ def test_a_checkpoint_that_was_written_again_is_another(tmp_path: Path) -> None:
     assert fingerprint([file]) == first
     os.utime(file, ns=(1, 1))
     assert fingerprint([file]) != first
+
+
+def test_other_versions_of_this_code_find_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store("tiny", tmp_path)
+    now = store.key("x")
+    monkeypatch.setattr("mcv_calibration.store.code_version", lambda: "99.0")
+    assert store.key("x") != now
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
+    """Statistics are files and blocks are folders; what has another name was made by somebody else."""
+    old, used, blocks, fresh = (content_hash(name) for name in ("old", "used", "blocks", "fresh"))
+    (tmp_path / f"{old}.npz").write_bytes(bytes(1000))
+    (tmp_path / f"{used}.npz").write_bytes(bytes(1000))
+    (tmp_path / blocks).mkdir()
+    (tmp_path / blocks / "layers.0.npz").write_bytes(bytes(1000))
+    (tmp_path / "photos.npz").write_bytes(bytes(1000))
+    (tmp_path / f"{fresh}.npz").write_bytes(bytes(1000))
+    for seconds, name in enumerate((f"{used}.npz", f"{old}.npz", blocks, "photos.npz")):
+        os.utime(tmp_path / name, (seconds, seconds))
+    mark_used(tmp_path / f"{used}.npz")
+    make_room(tmp_path, 4000)
+    assert len(list(tmp_path.iterdir())) == 5
+    make_room(tmp_path, 3500)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"{used}.npz", blocks, "photos.npz", f"{fresh}.npz"])
+    make_room(tmp_path, 0)  # but for what another build may be reading
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"{used}.npz", "photos.npz", f"{fresh}.npz"])
+    make_room(tmp_path / "missing", 0)
+
+
+def test_loading_and_saving_keep_the_folder_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store("tiny", tmp_path)
+    first, second, third = (store.key(name) for name in "abc")
+    for key in (first, second):
+        store.save(key, ARRAYS)
+        os.utime(tmp_path / f"{key}.npz", (0, 0))
+    assert store.load(first)  # used now
+    size = (tmp_path / f"{first}.npz").stat().st_size
+    monkeypatch.setattr("mcv_calibration.store.make_room", lambda folder: make_room(folder, 2 * size))
+    store.save(third, ARRAYS)
+    assert {path.stem for path in tmp_path.iterdir()} == {first, third}

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +15,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mcv_calibration
+import mcv_export
+import mcv_graphs
+import mcv_runtime
+from mcv_calibration.target import TARGETS
 from mcv_export import cli
 from mcv_export.build import BuildOptions, build
+from mcv_export.calibrate import SampleOptions
 from mcv_export.checkpoint import commit_of
+from mcv_export.precision import Wishes
 from mcv_runtime import load
 from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.bundle.manifest import Manifest, NeedsSpec
 from mcv_runtime.errors import BundleError
 
 
@@ -97,6 +108,41 @@ def test_files(bundles: dict[str, Path]) -> None:
 def test_two_builds_are_equal(bundles: dict[str, Path], source: Path, tmp_path: Path) -> None:
     again = build(source, tmp_path / "again", BuildOptions(precision="q4")).manifest
     assert again.files == Bundle.open(bundles["q4"]).manifest.files
+
+
+@pytest.mark.waits
+def test_graphs_are_the_same_wherever_they_are_built(source: Path, tmp_path: Path) -> None:
+    """Other folders of the checkpoint, the bundle and these sources, another order of sets: the same bytes, without a path."""
+    for package in (mcv_runtime, mcv_graphs, mcv_calibration, mcv_export):
+        folder = Path(package.__file__).parent
+        shutil.copytree(folder, tmp_path / "elsewhere" / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(source, tmp_path / "moved" / "model", copy_function=shutil.copyfile)
+    arguments = ["build", "moved/model", "there", "--kv", "int8", "--num-samples", "2"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "elsewhere"), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", "from mcv_export.cli import main; main()", *arguments]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    wanted = BuildOptions(samples=SampleOptions(count=2), int8_cache=True)
+    build(source, tmp_path / "here", wanted)
+    names = sorted(path.name for path in (tmp_path / "here" / "onnx").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "there" / "onnx").iterdir())
+    assert len([name for name in names if name.endswith(".onnx")]) == 4
+    for name in names:
+        content = (tmp_path / "here" / "onnx" / name).read_bytes()
+        assert content == (tmp_path / "there" / "onnx" / name).read_bytes(), name
+        for trace in (tmp_path, Path(mcv_export.__file__).parents[2], Path.home(), ".py", "stack_trace"):
+            assert name.endswith(".data") or str(trace).encode() not in content, name
+
+
+def test_a_bundle_says_what_it_needs(bundles: dict[str, Path], source: Path, tmp_path: Path) -> None:
+    """The processor matters where 8-bit integers are multiplied; the least ONNX Runtime is that of `pyproject.toml`."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    (floor,) = (line.partition(">=")[2] for line in project["project"]["dependencies"] if line.startswith("onnxruntime"))
+    assert Bundle.open(bundles["q4"]).manifest.needs == NeedsSpec(onnxruntime=floor, processor="any")
+    for target in TARGETS:
+        recipe = Wishes(target=target, precision="int8-dynamic").recipe()
+        manifest = build(source, tmp_path / target, BuildOptions(recipe=recipe)).manifest
+        assert manifest.needs == NeedsSpec(onnxruntime=floor, processor=target)
+        assert Manifest.from_json((tmp_path / target / "mcv.json").read_text()).needs == manifest.needs
 
 
 def test_graphs_hold_no_second_copy_of_a_weight(bundles: dict[str, Path]) -> None:

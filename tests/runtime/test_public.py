@@ -9,9 +9,9 @@ import mcv_runtime
 
 PUBLIC = {
     "Answer", "Bundle", "BundleCorruptError", "BundleError", "Chat", "ChatFileError", "CheckpointError", "Clip", "Completion",
-    "Engine", "EngineInfo", "Event", "ImageError", "McvError", "MemoryUse", "OptionError", "Options", "OutputError", "Picture",
-    "PictureOptions", "Piece", "Progress", "Prompt", "PromptError", "Region", "Request", "ResourceError", "RunError", "Ticket",
-    "Timings", "Video", "load", "locate",
+    "Engine", "EngineInfo", "Event", "ImageError", "MachineError", "McvError", "MemoryUse", "OptionError", "Options",
+    "OutputError", "Picture", "PictureOptions", "Piece", "Progress", "Prompt", "PromptError", "Region", "Request",
+    "ResourceError", "RunError", "Ticket", "Timings", "Video", "load", "locate",
 }  # fmt: skip
 
 
@@ -23,8 +23,9 @@ def test_public_names():
 
 def test_errors_are_builtins_too():
     builtins = {
-        "BundleError": FileNotFoundError, "ChatFileError": ValueError, "ImageError": ValueError, "OutputError": OSError,
-        "PromptError": ValueError, "ResourceError": MemoryError, "RunError": RuntimeError,
+        "BundleError": FileNotFoundError, "ChatFileError": ValueError, "ImageError": ValueError,
+        "MachineError": RuntimeError, "OutputError": OSError, "PromptError": ValueError,
+        "ResourceError": MemoryError, "RunError": RuntimeError,
     }  # fmt: skip
     for name, builtin in builtins.items():
         error = getattr(mcv_runtime, name)

@@ -12,6 +12,8 @@ import os
 import platform
 import tempfile
 from collections.abc import Collection
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mcv_runtime.files import at_home, read_regular
@@ -33,6 +35,15 @@ def cache_folder() -> Path | None:
         return Path.home() / ("Library/Caches" if system == "Darwin" else ".cache") / "mcv"
     except RuntimeError:
         return None
+
+
+@cache
+def code_version() -> str:
+    """Whose results a cache holds: a part of its keys, so that what another version kept is not found."""
+    try:
+        return version("minicpmv-onnx")
+    except PackageNotFoundError:  # a copy of the sources alone
+        return ""
 
 
 def file_key(path: Path, sha256: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -235,6 +236,25 @@ class AdapterSpec:
     files: Mapping[str, FileSpec]
 
 
+Processor = Literal["any", "avx512_vnni", "avx2", "arm64"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeedsSpec:
+    """What answers from the graphs as they are meant: an ONNX Runtime of at least this version, and a kind of processor.
+
+    `avx512_vnni`: sums of full 8-bit products must be exact. `avx2`: the weights have 7 bits, so that they are everywhere.
+    `arm64`: both factors are signed, which is right everywhere and fast there. `any`: nothing is multiplied in 8 bits.
+    """
+
+    onnxruntime: str = "0"
+    processor: Processor = "any"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\d{1,6}(\.\d{1,6}){0,3}", self.onnxruntime, re.ASCII):
+            raise BundleCorruptError(f"needs: onnxruntime is {shown(self.onnxruntime)}, not a version such as 1.31")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """All of `mcv.json`."""
@@ -261,6 +281,7 @@ class Manifest:
     video: VideoSpec | None = None
     """None: the model, or this toolchain, takes no videos."""
     quantization: Mapping[str, Any] = field(default_factory=dict)
+    needs: NeedsSpec = field(default_factory=NeedsSpec)
     tools: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, FileSpec] = field(default_factory=dict)
     """Every file of the bundle but `mcv.json` itself, by relative path."""

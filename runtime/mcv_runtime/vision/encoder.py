@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mcv_runtime.bundle.checked import code_version
 from mcv_runtime.bundle.manifest import GraphName, Manifest
 from mcv_runtime.errors import ResourceError, RunError
 from mcv_runtime.pictures.picture import Picture, SlicedPicture
@@ -113,7 +114,7 @@ class VisionEncoder:
 
     def _key(self, picture: SlicedPicture, longest: int) -> str:
         seen = longest if self._image.positions == "strip" else 0
-        return hashlib.sha256(f"{picture.fingerprint} {self.identity} {seen}".encode()).hexdigest()
+        return hashlib.sha256(f"{picture.fingerprint} {self.identity} {seen} {code_version()}".encode()).hexdigest()
 
     def _made(
         self, pictures: Mapping[str, SlicedPicture], longest: int, report: Report, at_once: Callable[[], int]
