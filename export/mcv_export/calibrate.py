@@ -183,7 +183,7 @@ class _Bench:
             states,
             lambda path: sources[f"{path}.weight"].all(),
             formats,
-            folder / "gptq" / key,
+            folder,
             progress=advance,
         )
         return replace(found, blocks=blocks)
