@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -48,16 +49,17 @@ def attempt(kind: str, numbers: list[int], seed: int, limit_s: float) -> dict[st
     most_memory, most_time = 0, 0.0
     with tempfile.TemporaryDirectory() as scratch:
         draw: Draw = getattr(importlib.import_module(f"hostile.{KINDS[kind][0]}"), kind)(Path(scratch))
-        for number in numbers:
-            case = draw(Random(f"{seed} {kind} {number}"))
-            outcome = run(case.read, limit_s=limit_s, memory_gb=MEMORY_GB.get(kind, 4.0))
-            ending = "slow" if outcome.cpu_s > SLOW_S and outcome.ending in ("done", "refused") else outcome.ending
-            endings[ending] += 1
-            most_memory, most_time = max(most_memory, outcome.memory_mb), max(most_time, outcome.cpu_s)
-            if ending not in ("done", "refused"):
-                found = {"kind": kind, "seed": seed, "number": number, "what": case.what, "ending": ending}
-                wrong.append(found | {"said": outcome.said, "where": outcome.where, "cpu_s": outcome.cpu_s})
-                print(json.dumps(wrong[-1]), flush=True)
+        with suppress(KeyboardInterrupt):  # what was read until then
+            for number in numbers:
+                case = draw(Random(f"{seed} {kind} {number}"))
+                outcome = run(case.read, limit_s=limit_s, memory_gb=MEMORY_GB.get(kind, 4.0))
+                ending = "slow" if outcome.cpu_s > SLOW_S and outcome.ending in ("done", "refused") else outcome.ending
+                endings[ending] += 1
+                most_memory, most_time = max(most_memory, outcome.memory_mb), max(most_time, outcome.cpu_s)
+                if ending not in ("done", "refused"):
+                    found = {"kind": kind, "seed": seed, "number": number, "what": case.what, "ending": ending}
+                    wrong.append(found | {"said": outcome.said, "where": outcome.where, "cpu_s": outcome.cpu_s})
+                    print(json.dumps(wrong[-1]), flush=True)
     return {"endings": dict(endings), "most_memory_mb": most_memory, "longest_cpu_s": most_time, "wrong": wrong}
 
 
@@ -83,7 +85,7 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--count", type=int)
-    parser.add_argument("--only", type=int, help="The one file of this number.")
+    parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="These files alone.")
     parser.add_argument("--limit-s", type=float, default=20)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--merge", type=Path, nargs="+", help="Results of earlier runs, to be written to --out as one.")
@@ -94,7 +96,7 @@ def main() -> int:
     found, began = {}, time.monotonic()
     for kind in [wanted.kind] if wanted.kind else KINDS:
         count = wanted.count or round(KINDS[kind][1] * wanted.share)
-        numbers = list(range(count)) if wanted.only is None else [wanted.only]
+        numbers = wanted.only or list(range(count))
         found[kind] = attempt(kind, numbers, wanted.seed, wanted.limit_s)
         print(kind, json.dumps({name: value for name, value in found[kind].items() if name != "wrong"}), flush=True)
     if wanted.out is not None:

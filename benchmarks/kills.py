@@ -1,8 +1,8 @@
 """Kill builds and batches at random moments, fill their disk, and start two of everything at once: nothing lost or left behind.
 
-    python benchmarks/kills.py [--kills 200] [--full 50] [--seed 0] [--out benchmarks/results/kills.json]
+    python benchmarks/kills.py [--part builds] [--count 40] [--seed 0] [--out benchmarks/results/kills.json]
 
-One kill in five is of a build onto a bundle that is there, the others of batches, whose file of requests changes between them.
+A build is onto a bundle that is there; of a batch, the file of requests changes between the kills.
 A full disk is a limit of the size of a file (RLIMIT_FSIZE), which lets a write fail halfway as one does. Each runs in a fork.
 """
 
@@ -185,6 +185,7 @@ def kill_batches(trial: Trial, kills: int) -> dict[str, Any]:
 def fill_disks(trial: Trial, count: int) -> dict[str, Any]:
     """Files that may not grow beyond a random size: one line, what was there stays, and the next one goes on."""
     ends: dict[str, int] = {}
+    trial.note("the first build failed", unless=end(fork(trial.build)) == DONE)
     for number in range(count):
         if number % 2:
             largest = trial.dice.randrange(1, 900_000)
@@ -206,6 +207,7 @@ def fill_disks(trial: Trial, count: int) -> dict[str, Any]:
 def start_two(trial: Trial, count: int) -> dict[str, Any]:
     """Two builds, batches, conversations and caches to one place at the same time."""
     fresh, refused = trial.bundles / "fresh", 0
+    trial.note("the first build failed", unless=end(fork(trial.build)) == DONE)
     for number in range(count):
         shutil.rmtree(fresh, ignore_errors=True)
         codes = sorted(end(child) for child in [fork(lambda: trial.build(fresh, force=False)) for _ in range(2)])
@@ -255,30 +257,40 @@ def _use_cache(folder: Path) -> None:
         raise AssertionError("more than the cache's limit")
 
 
+PARTS: dict[str, tuple[Callable[[Trial, int], dict[str, Any]], int]] = {
+    "batches": (kill_batches, 160),
+    "builds": (kill_builds, 40),
+    "full_disk": (fill_disks, 50),
+    "two_at_once": (start_two, 10),
+}
+"""What is done, and how often."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--full", type=int, default=50)
-    parser.add_argument("--twice", type=int, default=10)
+    parser.add_argument("--part", choices=PARTS, help="This alone; the others stay in --out as they are.")
+    parser.add_argument("--count", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     wanted = parser.parse_args()
     torch.set_num_threads(1)
     families()  # so that forks need not import them
     assert threading.active_count() == 1
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        os.environ["MCV_CACHE"] = str(Path(scratch) / "cache-of-checks")
-        trial = Trial(Path(scratch), Random(wanted.seed))
-        said = {"seed": wanted.seed, "batches": kill_batches(trial, wanted.kills - wanted.kills // 5)}
-        print(json.dumps(said), flush=True)
-        said |= {"builds": kill_builds(trial, wanted.kills // 5)}
-        said |= {"full disk": fill_disks(trial, wanted.full), "two at once": start_two(trial, wanted.twice)}
-    said |= {"wrong": trial.wrong, "seconds": round(time.monotonic() - began)}
-    print(json.dumps(said, indent=2))
-    if wanted.out is not None:
-        wanted.out.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-    return 1 if trial.wrong else 0
+    wrong = False
+    for part in [wanted.part] if wanted.part else PARTS:
+        do, count = PARTS[part]
+        with tempfile.TemporaryDirectory() as scratch:
+            os.environ["MCV_CACHE"] = str(Path(scratch) / "cache-of-checks")
+            trial, began = Trial(Path(scratch), Random(wanted.seed)), time.monotonic()
+            said = {"seed": wanted.seed, **do(trial, wanted.count or count), "wrong": trial.wrong}
+            said["seconds"] = round(time.monotonic() - began)
+        print(part, json.dumps(said), flush=True)
+        wrong = wrong or bool(trial.wrong)
+        if wanted.out is not None:
+            known = json.loads(wanted.out.read_text(encoding="utf-8")) if wanted.out.exists() else {}
+            known = {name: said if name == part else known.get(name) for name in PARTS if name == part or name in known}
+            wanted.out.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

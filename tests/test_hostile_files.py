@@ -14,8 +14,8 @@ from mcv_runtime import OptionError
 ROOT = Path(__file__).parents[1]
 KINDS = {"manifests": 30, "graphs": 8, "tokenizers": 10, "checkpoints": 6, "pictures": 60, "videos": 15, "chats": 25}
 KINDS |= {"cache_entries": 15, "rows": 8}
-FOUND = [("chats", 2027, 84), ("chats", 5, 0)]
-"""Kind, seed and number of what was once read wrongly."""
+FOUND = [("chats", 2027, [84, 111]), ("chats", 5, [0, 8]), ("checkpoints", 2028, [47]), ("checkpoints", 2030, [40, 43])]
+"""Kind, seed and numbers of what was once read wrongly."""
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def test_each_ends_in_an_answer_or_in_one_line(kind, drawn_seed, tmp_path):
 
 @pytest.mark.waits
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each file is read in a fork")
-@pytest.mark.parametrize(("kind", "seed", "number"), FOUND)
-def test_what_was_found_once(kind, seed, number, tmp_path):
-    assert wrong_of(kind, seed, tmp_path, "--only", str(number)) == []
+@pytest.mark.parametrize(("kind", "seed", "numbers"), FOUND)
+def test_what_was_found_once(kind, seed, numbers, tmp_path):
+    assert wrong_of(kind, seed, tmp_path, "--only", *map(str, numbers)) == []
 
 
 @pytest.mark.waits
@@ -95,24 +95,17 @@ def test_a_call_that_reaches_out_is_noticed(benchmarks):
 
 
 def test_nothing_was_wrong_in_the_runs_whose_figures_are_kept():
-    kept = {name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in RESULTS}
-    found = kept["hostile-files"]["kinds"]
-    assert {kind: sum(found[kind]["endings"].values()) for kind in COUNTS} == COUNTS
-    assert not any(result["wrong"] for result in found.values())
-    assert max(result["longest_cpu_s"] for result in found.values()) < 5
-    assert kept["kills"]["wrong"] == []
-    assert kept["kills"]["builds"]["killed"] + kept["kills"]["batches"]["killed"] >= 200
-    assert (kept["reaching-out"]["files"], kept["reaching-out"]["packets"], kept["reaching-out"]["wrong"]) == (500, 0, [])
+    def kept(name):
+        return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
-
-RESULTS = ("hostile-files", "kills", "reaching-out")
-COUNTS = {
-    "manifests": 3000,
-    "graphs": 500,
-    "tokenizers": 500,
-    "checkpoints": 1000,
-    "pictures": 5000,
-    "videos": 500,
-    "chats": 300,
-}
-COUNTS |= {"cache_entries": 500, "rows": 300}
+    found = kept("hostile-files")["kinds"]
+    assert found.keys() == KINDS.keys()
+    for kind, result in found.items():
+        assert sum(result["endings"].values()) >= 10 * KINDS[kind]
+        assert result["wrong"] == []
+        assert result["longest_cpu_s"] < 5
+    killed = kept("kills")
+    assert killed.keys() == {"batches", "builds", "full_disk", "two_at_once"}
+    assert not any(part["wrong"] for part in killed.values())
+    watched = kept("reaching-out")
+    assert (watched["files"], watched["read"], watched["packets"], watched["wrong"]) == (500, 500, 0, [])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mcv_runtime.errors import CheckpointError
+
+_MOST = 1 << 31
+"""Above any number of anything in a configuration, and below what torch takes for a size."""
 
 
 class Config(Mapping[str, Any]):
@@ -99,7 +102,7 @@ def optional_section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def integer(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
     """An integer, positive unless `least` says otherwise."""
     value = config.get(key, default)
-    if type(value) is not int or value < least:
+    if type(value) is not int or not least <= value < _MOST:
         raise CheckpointError(
             _complaint(config, key, value, "a positive integer" if least == 1 else f"an integer from {least} on")
         )
@@ -161,7 +164,7 @@ def shown(value: object) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # not NaN either
 
 
 def _complaint(config: Mapping[str, Any], key: str, value: object, wanted: str) -> str:

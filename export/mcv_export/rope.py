@@ -62,7 +62,7 @@ def rope(
     base = _once(config, parameters, "rope_theta", theta)
     partial = _once(config, parameters, "partial_rotary_factor", rotated)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in _SCALED and kind not in ("default", "dynamic"):
+    if not isinstance(kind, str) or (kind not in _SCALED and kind not in ("default", "dynamic")):
         known = ", ".join(["default", "dynamic", *_SCALED])
         raise CheckpointError(f"config has rotary positions of type {cfg.shown(kind)}; mcv knows {known}")
     dim, context = int(head_dim * partial), cfg.integer(config, "max_position_embeddings")

@@ -25,6 +25,10 @@ class McvError(Exception):
     exit_code = 2
     """Of a command that ends with it."""
 
+    def __str__(self) -> str:
+        """One line, whatever of a stranger's it repeats."""
+        return printable(super().__str__())
+
 
 class BundleError(McvError, FileNotFoundError):
     """A bundle, or one of its files, is not there."""

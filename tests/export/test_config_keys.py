@@ -189,6 +189,30 @@ def test_refused(change: dict[str, Any], line: str, copy_checkpoint: Callable[..
         planned(folder)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        ("text_config.rope_parameters.rope_type", {"a": 1}, "rotary positions of type"),
+        ("text_config.rope_parameters.rope_type", ["default"], "rotary positions of type"),
+        ("text_config.layer_types", 1_000_000, "layer_types=1000000, which is not a list of names"),
+        ("text_config.layer_types", [["full_attention"]], "which is not a list of names"),
+        ("vision_config.intermediate_size", 10**30, "intermediate_size=10+, which is not a positive integer"),
+        ("text_config.rms_norm_eps", 10**400, "rms_norm_eps=10+.*, which is not a positive number"),
+    ],
+)
+def test_values_that_python_itself_refuses(path: str, value: Any, line: str, copy_checkpoint: Callable[..., Path]) -> None:
+    *parents, key = path.split(".")
+
+    def update(config: dict[str, Any]) -> None:
+        place = config
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = value
+
+    with pytest.raises(CheckpointError, match=line):
+        planned(copy_checkpoint("minicpmv4_6", update))
+
+
 @pytest.mark.parametrize(("family", "key"), [("minicpmv2_5", "batch_vision_input"), ("minicpmv4_5", "batch_3d_resampler")])
 def test_a_switch_that_one_family_has(family: str, key: str, copy_checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match=f"{key}=False"):

@@ -47,3 +47,12 @@ def test_importing_changes_nothing_and_brings_no_toolchain():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+def test_whatever_an_error_repeats_it_is_one_printable_line():
+    import mcv_runtime.errors as errors
+
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.McvError)]
+    assert len(kinds) > 10
+    for kind in kinds:
+        assert str(kind("config has a='\x1b[31mred\n\x00'; 改 it")) == "config has a='\\x1b[31mred\\n\\x00'; 改 it"

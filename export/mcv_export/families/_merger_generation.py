@@ -189,6 +189,8 @@ def _decoder(config: Mapping[str, Any], traits: Traits, *, tied: bool) -> Hybrid
 def _layer_kinds(text: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     count, interval = cfg.integer(text, "num_hidden_layers"), cfg.integer(text, "full_attention_interval", 4)
     kinds = text.get("layer_types") or ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(count)]
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise CheckpointError(f"config has layer_types={cfg.shown(kinds)}, which is not a list of names")
     if len(kinds) != count:
         raise CheckpointError(f"config has {len(kinds)} layer_types for num_hidden_layers={count}")
     if unknown := set(kinds) - {"linear_attention", "full_attention"}:
