@@ -20,10 +20,11 @@ _WITHOUT_EFFECT: Mapping[str, str] = {
     "is for training": """
         attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob activation_dropout dropout
         embd_pdrop resid_pdrop attn_pdrop classifier_dropout classifier_dropout_prob initializer_range initializer_factor
-        gradient_checkpointing label_smoothing id2label label2id num_labels output_router_logits
+        gradient_checkpointing label_smoothing id2label label2id num_labels output_router_logits residual_dropout
+        train_dtype model_max_length tokenizer_model_max_length tokenizer_padding_side
     """,
     "says in which numbers the reference computes; a bundle has its own precision": """
-        torch_dtype dtype use_bfloat16 fp16 bf16 fp32 mamba_ssm_dtype
+        torch_dtype dtype use_bfloat16 fp16 bf16 fp32 mamba_ssm_dtype _pre_quantization_dtype
     """,
     "says how the reference runs, not what it computes": """
         use_cache cache_implementation use_return_dict return_dict return_dict_in_generate output_attentions
@@ -35,6 +36,7 @@ _WITHOUT_EFFECT: Mapping[str, str] = {
         max_cache_len low_memory prefill_chunk_size is_assistant num_assistant_tokens num_assistant_tokens_schedule
         assistant_confidence_threshold prompt_lookup_num_tokens max_matching_ngram_size assistant_early_exit
         assistant_lookbehind target_lookbehind speculation_type use_mtp continuous_batching_config return_metadata
+        experts_implementation _experts_implementation keys_to_ignore_at_inference
     """,
     "is said by tokenizer.json": """
         bos_token_id pad_token_id sep_token_id unk_token_id cls_token_id decoder_start_token_id im_start_token_id
@@ -65,6 +67,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "logits_scaling": (1,), "logit_scale": (1,), "embedding_multiplier": (1,), "residual_multiplier": (1,),
     "scale_emb": (1,), "scale_depth": (1,), "partial_rotary_factor": (1,), "final_logit_softcapping": (0,),
     "attn_logit_softcapping": (0,), "mm_use_im_start_end": (True,), "drop_vision_last_layer": (False,),
+    "use_mrope": (False,), "is_causal": (True,), "use_lora": (False,),
     # pictures
     "do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,), "do_convert_rgb": (True,), "do_center_crop": (False,),
     "do_pad": (False,), "rescale_factor": (1 / 255,), "resample": (3, "bicubic"), "do_sample_frames": (True,),

@@ -41,7 +41,8 @@ def generation(
         if missing := [token for token in stop_tokens if token not in ids]:
             raise CheckpointError(f"tokenizer.json lacks the stop token {missing[0]}")
         own = [ids[token] for token in stop_tokens]
-        given = given or _token_list(checkpoint.config, "eos_token_id", vocab_size)
+        config = cfg.Overlay(checkpoint.config, cfg.optional_section(checkpoint.config, "text_config"))
+        given = given or _token_list(config, "eos_token_id", vocab_size)
     cfg.expect(cfg.optional_section(defaults, "chat_template_kwargs"), "enable_thinking", False)
     return GenerationSpec(
         stop_token_ids=tuple(dict.fromkeys([*own, *given])),

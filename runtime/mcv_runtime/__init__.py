@@ -18,6 +18,7 @@ from mcv_runtime.errors import (
     ResourceError,
     RunError,
 )
+from mcv_runtime.pictures import video_file as video_file  # also under the name that it had before there were rooms
 from mcv_runtime.pictures.picture import Clip, Picture
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.progress import Event, Progress

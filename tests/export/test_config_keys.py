@@ -120,6 +120,69 @@ def test_what_savers_add_changes_nothing(family: str, golden_root: Path, copy_ch
     assert facts(after) == facts(before)
 
 
+CLASSES = dict(zip(RESAMPLER, ("LlamaConfig", "LlamaConfig", "Qwen2Config", "LlamaConfig", "Qwen3Config"), strict=True))
+V4_GENERATION = {
+    "assistant_confidence_threshold": 0.4, "assistant_early_exit": None, "assistant_lookbehind": 10, "cache_config": None,
+    "cache_implementation": None, "constraints": None, "disable_compile": False, "do_sample": False, "dola_layers": None,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "force_words_ids": None, "forced_decoder_ids": None, "generation_kwargs": {},
+    "guidance_scale": None, "is_assistant": False, "low_memory": None, "max_matching_ngram_size": None, "max_time": None,
+    "min_new_tokens": None, "min_p": None, "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant",
+    "output_logits": None, "penalty_alpha": None, "prefill_chunk_size": None, "prompt_lookup_num_tokens": None,
+    "renormalize_logits": False, "return_legacy_cache": None, "sequence_bias": None, "stop_strings": None,
+    "target_lookbehind": 10, "token_healing": False, "use_cache": True, "watermarking_config": None,
+    "_from_model_config": True,
+}  # fmt: skip
+"""What GenerationConfig of transformers 4.40 to 4.57 has besides the keys of V4_DUMP."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_that_transformers_4_has_by_default(family: str, golden_root: Path, copy_checkpoint: Callable[..., Path]) -> None:
+    general = {key: value for key, value in V4_DUMP.items() if key not in ("tie_word_embeddings", "num_channels", "hidden_act")}
+    own = {"head_dim": None, "rope_scaling": None, "pretraining_tp": 1, "mlp_bias": False, "_attn_implementation_autoset": True}
+
+    def dump(config: dict[str, Any]) -> None:
+        for place in (config, language(config), config.get("vision_config", {})):
+            wanted = {**general, **own} if place is language(config) else general
+            place.update({key: value for key, value in wanted.items() if key not in place and key != "layer_norm_eps"})
+
+    before = planned(golden_root / family / "checkpoint")
+    folder = copy_checkpoint(family, dump)
+    defaults = {
+        **V4_GENERATION,
+        **{key: value for key, value in general.items() if key in ("max_length", "top_k", "pad_token_id")},
+    }
+    copy_checkpoint(family, lambda c: c.update({**defaults, **c}), "generation_config.json")
+    assert facts(planned(folder)) == facts(before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_that_transformers_5_has_by_default(family: str, golden_root: Path, copy_checkpoint: Callable[..., Path]) -> None:
+    """Its own classes, and for the families whose code is their publisher's those that this code is derived from."""
+    transformers = pytest.importorskip("transformers")
+    source = golden_root / family / "checkpoint"
+
+    def dump(config: dict[str, Any]) -> None:
+        if family in MERGER:
+            made = transformers.AutoConfig.from_pretrained(source).to_dict()
+        else:
+            own = {key: value for key, value in config.items() if key not in ("vision_config", "slice_config", "model_type")}
+            made = {**config, **getattr(transformers, CLASSES[family])(**own).to_dict()}
+            made["architectures"] = config["architectures"]
+            if "vision_config" in config:
+                made["vision_config"] = transformers.SiglipVisionConfig(**config["vision_config"]).to_dict()
+        config.clear()
+        config.update(json.loads(json.dumps(made, default=str)))
+
+    before = planned(source)
+    folder = copy_checkpoint(family, dump)
+    copy_checkpoint(
+        family,
+        lambda c: c.update({**json.loads(json.dumps(transformers.GenerationConfig().to_dict(), default=str)), **c}),
+        "generation_config.json",
+    )
+    assert facts(planned(folder)) == facts(before)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_null_is_as_if_it_were_not_there(family: str, golden_root: Path, copy_checkpoint: Callable[..., Path]) -> None:
     def absent(config: dict[str, Any]) -> None:
@@ -321,6 +384,8 @@ def test_the_merger_generation_stops_where_its_file_says(copy_checkpoint: Callab
     assert planned(folder).generation.stop_token_ids == (300,)
     (folder / "generation_config.json").unlink()
     assert planned(folder).generation.stop_token_ids == (1502, 1500)
+    copy_checkpoint("minicpmv4_6", lambda c: (c.pop("eos_token_id"), c["text_config"].update(eos_token_id=[300])))
+    assert planned(folder).generation.stop_token_ids == (1502, 1500, 300)
 
 
 def test_inputs_are_left_alone(golden_root: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import nn
 
 from mcv_export.build import BuildOptions, build
@@ -147,3 +148,5 @@ def test_tokens_equal_those_of_timm_and_transformers(
     assert f"<|user|>\n<im_start>{'<im_patch>' * QUERIES}<im_end>\nWhat is this?</s>" in prompt.text
     answer = engine.ask(picture, "What is this?", max_new_tokens=16, repetition_penalty=1.0)
     assert list(answer.tokens) == expected[0].tolist()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert answer.text == tokenizer.decode(expected[0].tolist(), skip_special_tokens=True).strip()

@@ -209,7 +209,8 @@ def test_a_giant_header_is_not_read(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     ["llm.model.layers.0.self_attn.rotary_emb.inv_freq", "llm.model.rotary_emb.inv_freq",
-     "llm.model.rotary_emb.original_inv_freq", "llm.model.layers.1.self_attn.rotary_emb.cos_cached",
+     "llm.model.rotary_emb.original_inv_freq", "llm.model.rotary_emb.long_inv_freq", "llm.model.causal_mask",
+     "llm.model.layers.1.self_attn.rotary_emb.cos_cached",
      "llm.model.layers.1.self_attn.rotary_emb.sin_cached", "vpm.embeddings.position_ids", "resampler.pos_embed",
      "resampler.temporal_pos_embed"],
 )  # fmt: skip

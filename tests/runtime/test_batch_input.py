@@ -120,6 +120,21 @@ def test_what_is_no_path_is_not_repeated(tmp_path, name, value):
         assert value[:80] in json.dumps(found.said[name])
 
 
+def test_rows_from_a_pipe_name_files_of_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(PNG)
+    line = b'{"image": "a.png"}\n'
+    reading, writing = os.pipe()
+    os.write(writing, line)
+    os.close(writing)
+    (tmp_path / "rows").write_bytes(line)
+    with (tmp_path / "rows").open("rb") as redirected:  # as by `<`
+        for number in (reading, redirected.fileno()):
+            (found,) = batch_rows(Path(f"/dev/fd/{number}"), DEFAULTS)
+            assert (found.error, found.request.images) == ("", [Path("a.png")])
+    os.close(reading)
+
+
 def test_a_row_names_plain_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("pipe.png")

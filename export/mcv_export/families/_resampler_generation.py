@@ -159,7 +159,7 @@ def placeholder(checkpoint: Checkpoint, num_queries: int, *, numbered: bool = Tr
 
 
 def text_spec(
-    checkpoint: Checkpoint, decoder: DecoderConfig, template: str, *, dropped_ids: tuple[int, ...] = (0,)
+    checkpoint: Checkpoint, decoder: DecoderConfig, template: str, *, dropped_ids: tuple[int, ...] = (0,), **facts: Any
 ) -> TextSpec:
     """Text as these families have it; the published decode() removes id 0 from answers."""
     return TextSpec(
@@ -167,6 +167,7 @@ def text_spec(
         context_length=decoder.context_length,
         dropped_ids=dropped_ids,
         template_variables=texts.template_variables(checkpoint, template),
+        **facts,
     )
 
 

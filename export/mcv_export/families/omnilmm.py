@@ -83,7 +83,8 @@ def _plan(checkpoint: Checkpoint) -> ModelPlan:
             image_start="<im_start>",
             image_end="<im_end>",
         ),
-        text=parts.text_spec(checkpoint, decoder, template, dropped_ids=()),
+        # its chat() decodes with skip_special_tokens
+        text=parts.text_spec(checkpoint, decoder, template, dropped_ids=texts.special_ids(checkpoint), stop_token="decoded"),
         generation=generation,
         chat_template=template,
         ignored_keys=("mm_", "use_mm_", "tune_", "freeze_"),

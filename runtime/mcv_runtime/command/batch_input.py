@@ -85,17 +85,22 @@ def _folder(folder: Path, pictures: PictureFolder, defaults: Defaults) -> Iterat
 
 
 def _file(path: Path, defaults: Defaults) -> Iterator[BatchRow]:
+    folder = path.parent
+
     def located(text: str) -> Path:
         if is_address(text) or len(text) > _PATH_CHARACTERS:
             raise OptionError(f"{_cut(text)} is no path of a file; save what it stands for, and name that file")
-        found = path.parent / at_home(text)
+        found = folder / at_home(text)
         _require_plain(found)
         return found
 
     try:
         with path.open("rb") as file:
-            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISCHR(mode) and not file.isatty():
                 raise OptionError(f"{path} is a device; --batch takes a file of requests or a folder of pictures")
+            if not _is_plain(path, mode):  # from `|` or `<(...)`: nothing lies beside it
+                folder = Path()
             for number, line in enumerate(_lines(file), 1):
                 if line.strip():
                     yield _parsed(number, line, located, defaults)
@@ -112,10 +117,13 @@ def _require_plain(path: Path) -> None:
         status = path.stat()
     except (OSError, ValueError):  # not there, or no name: said when it is opened
         return
-    spelled = os.path.normpath(path), os.path.realpath(path)
-    of_the_system = any(re.match(r"/proc/|/dev/(fd/|[^/]+$)", name) for name in spelled)
-    if of_the_system or not stat.S_ISREG(status.st_mode):
+    if not _is_plain(path, status.st_mode):
         raise OptionError(f"{shown(str(path))} is not a plain file; a row names pictures and videos that are saved as files")
+
+
+def _is_plain(path: Path, mode: int) -> bool:
+    spelled = os.path.normpath(path), os.path.realpath(path)
+    return stat.S_ISREG(mode) and not any(re.match(r"/proc/|/dev/(fd/|[^/]+$)", name) for name in spelled)
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:

@@ -74,8 +74,9 @@ def read_header(data: bytes, name: str, max_pixels: int) -> EncodedPicture:
         return read_header(icon, name, max_pixels)
     if data[8:10] == b"\xff\x4f" or data[:2] == b"\xff\x4f" or data[4:8] == b"jP  ":
         _check_codestream(data, name, max_pixels)
+    begins = data[:32].ljust(32, b"\0")
     for kind in _READERS:
-        if not _accepts(kind, data[:32]):
+        if not _accepts(kind, begins):
             continue
         bare = _bare(kind, data, name, max_pixels)
         if kind == "WEBP" and (size := _webp_size(data)):
