@@ -94,11 +94,11 @@ def _field(way: Sequence[int | str], body: Any) -> str:
     names: list[str] = []
     here = body
     for at, step in enumerate(way):
-        if (isinstance(here, list) and isinstance(step, int) and step < len(here)) or (isinstance(here, dict) and step in here):
-            here = here[step]
-        elif not isinstance(here, dict) or at + 1 < len(way):  # else a field that is missing
-            continue
-        names.append(str(step))
+        inside = dict(enumerate(here)) if isinstance(here, list) else here if isinstance(here, dict) else None
+        missing = inside is not None and at + 1 == len(way)  # a field that should be there
+        if inside is not None and (step in inside or missing):
+            names.append(str(step))
+            here = inside.get(step)
     return ".".join(names)
 
 
