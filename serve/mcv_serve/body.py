@@ -102,11 +102,16 @@ def _field(way: Sequence[int | str], body: Any) -> str:
     return ".".join(names)
 
 
-def described(kind: type[BaseModel]) -> dict[str, Any]:
-    """A body for the description of a route in OpenAPI; its schema stands there under the kind's name."""
+def described(kind: type[BaseModel], *, stream: str | None = None) -> dict[str, Any]:
+    """A body for the description of a route in OpenAPI; its schema stands there under the kind's name.
+
+    `stream`: the content type of answers that come as they are made.
+    """
+    streams = {} if stream is None else {"responses": {"200": {"content": {stream: {"schema": {}}}}}}
     return {
+        **streams,
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}},
-        }
+        },
     }

@@ -236,3 +236,16 @@ def test_answers_beside_others_are_those_of_one_by_one(running, engine):
     for one in asking:
         one.start()
     assert [one.answer()["choices"][0]["message"]["content"] for one in asking] == alone
+
+
+def test_what_waits_is_bounded_in_memory_too(serving, engine):
+    with serving(queue_mb=0.001) as running, running.client() as client, Gate(engine) as gate:
+        first = Asking(running, about_demo())  # one alone is always taken
+        first.start()
+        gate.reached.acquire()
+        refused = client.post(CHAT, json=about_demo("Describe the picture."))
+        assert refused.status_code == 429 and refused.headers["retry-after"]
+        gate.open()
+        assert first.answer()["choices"][0]["message"]["content"] == ANSWER
+        until(lambda: slots(client), lambda found: not found)
+        assert client.post(CHAT, json=about_demo()).status_code == 200
