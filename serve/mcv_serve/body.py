@@ -107,7 +107,7 @@ def described(kind: type[BaseModel], *, stream: str | None = None) -> dict[str, 
 
     `stream`: the content type of answers that come as they are made.
     """
-    streams = {} if stream is None else {"responses": {"200": {"content": {stream: {"schema": {}}}}}}
+    streams: dict[str, Any] = {} if stream is None else {"responses": {"200": {"content": {stream: {"schema": {}}}}}}
     return {
         **streams,
         "requestBody": {
