@@ -94,19 +94,24 @@ def _field(way: Sequence[int | str], body: Any) -> str:
     names: list[str] = []
     here = body
     for at, step in enumerate(way):
-        if (isinstance(here, list) and isinstance(step, int) and step < len(here)) or (isinstance(here, dict) and step in here):
-            here = here[step]
-        elif not isinstance(here, dict) or at + 1 < len(way):  # else a field that is missing
-            continue
-        names.append(str(step))
+        inside = dict(enumerate(here)) if isinstance(here, list) else here if isinstance(here, dict) else None
+        missing = inside is not None and at + 1 == len(way)  # a field that should be there
+        if inside is not None and (step in inside or missing):
+            names.append(str(step))
+            here = inside.get(step)
     return ".".join(names)
 
 
-def described(kind: type[BaseModel]) -> dict[str, Any]:
-    """A body for the description of a route in OpenAPI; its schema stands there under the kind's name."""
+def described(kind: type[BaseModel], *, stream: str | None = None) -> dict[str, Any]:
+    """A body for the description of a route in OpenAPI; its schema stands there under the kind's name.
+
+    `stream`: the content type of answers that come as they are made.
+    """
+    streams: dict[str, Any] = {} if stream is None else {"responses": {"200": {"content": {stream: {"schema": {}}}}}}
     return {
+        **streams,
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}},
-        }
+        },
     }

@@ -51,6 +51,9 @@ def run(
         int, _option("--concurrent", help="Requests that are computed together.", panel=_LIMITS)
     ] = _DEFAULT.concurrent,
     queue: Annotated[int, _option("--queue", help="Requests that may wait for that.", panel=_LIMITS)] = _DEFAULT.queue,
+    queue_mb: Annotated[
+        float, _option("--queue-mb", help="Most of all requests that wait, in memory.", panel=_LIMITS)
+    ] = _DEFAULT.queue_mb,
     deadline: Annotated[
         float, _option("--deadline", help="Seconds after which an answer ends as far as it is.", panel=_LIMITS)
     ] = _DEFAULT.deadline_s,
@@ -117,6 +120,7 @@ def run(
         api_keys=_keys(api_key or (), api_key_file),
         concurrent=concurrent,
         queue=queue,
+        queue_mb=queue_mb,
         deadline_s=deadline,
         drain_s=drain,
         keep_alive_s=keep_alive,

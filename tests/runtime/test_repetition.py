@@ -85,7 +85,7 @@ def test_options_that_make_no_sense(engine, options):
 
 def test_top_logprobs_are_the_likeliest(engine):
     answer = engine.ask(None, "Hello", max_new_tokens=5, logprobs=True, top_logprobs=3)
-    assert answer.top_logprobs is not None and len(answer.top_logprobs) == len(answer.tokens) == 5
+    assert answer.top_logprobs is not None and len(answer.top_logprobs) == len(answer.tokens) > 1
     for token, logprob, top in zip(answer.tokens, answer.logprobs, answer.top_logprobs, strict=True):
         assert top[0] == (token, logprob)  # greedy takes the likeliest
         assert [one[1] for one in top] == sorted((one[1] for one in top), reverse=True)

@@ -166,7 +166,7 @@ def router(service: Service) -> APIRouter:
     """Its routes."""
     routes = APIRouter(tags=["openai"])
 
-    @routes.post("/v1/responses", openapi_extra=bodies.described(ResponsesBody))
+    @routes.post("/v1/responses", openapi_extra=bodies.described(ResponsesBody, stream="text/event-stream"))
     async def respond(request: Request) -> Response:
         body, key = await bodies.parsed(await bodies.read(request, service.settings), ResponsesBody, service)
         asked = chat_asked(as_chat(body), service.engine.info(), service.settings, kind="responses")
