@@ -84,7 +84,8 @@ class Service:
         self.answering[answering.number] = answering
         if key is not None and asked.deterministic:
             self._same[key] = answering
-        answering.task = asyncio.get_running_loop().create_task(self._answer(answering, client, size))
+        answering.task = asyncio.get_running_loop().create_task(self._answer(answering, client))
+        answering.task.add_done_callback(lambda _: self._over(answering, size))
         return answering
 
     def leave(self, answering: Answering) -> None:
@@ -96,6 +97,14 @@ class Service:
             answering.stop.set()
             if answering.task is not None:
                 answering.task.cancel()
+
+    def _over(self, answering: Answering, size: int) -> None:
+        """However it ended, even before it began."""
+        if not answering.done:
+            answering.finish(None, ApiError(499, "client_gone", "the client is gone"))
+        self._held -= size
+        del self.answering[answering.number]
+        self._forget_same(answering)
 
     def _forget_same(self, answering: Answering) -> None:
         for key in [key for key, other in self._same.items() if other is answering]:
@@ -112,7 +121,7 @@ class Service:
         if tokens is not None and most_tokens is not None and tokens > most_tokens:
             raise ApiError(400, "invalid_value", f"an answer may have {most_tokens} tokens, not {tokens}", param="max_tokens")
 
-    async def _answer(self, answering: Answering, client: str, size: int) -> None:
+    async def _answer(self, answering: Answering, client: str) -> None:
         place: float | None = None
         try:
             try:
@@ -145,9 +154,6 @@ class Service:
                 )
             answering.finish(None, refused)
         finally:
-            self._held -= size
-            self.answering.pop(answering.number, None)
-            self._forget_same(answering)
             if place is not None:
                 self.admission.leave(place)
 
