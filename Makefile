@@ -1,6 +1,7 @@
 # make demo    ask the embedded model about a picture
 # make test    linters, types, import contracts and tests, with the same examples in every run
 # make fuzz    the tests that draw their examples, with new ones for MINUTES
+# make test-clients  large client libraries, and thousands of generated requests, against the service
 # make stress  the tests that wait for something, RUNS times beside LOAD busy processes
 # All set up .venv themselves.
 
@@ -13,7 +14,7 @@ MINUTES ?= 5
 RUNS ?= 10
 LOAD ?= 8
 
-.PHONY: demo test fuzz stress clean
+.PHONY: demo test test-clients fuzz stress clean
 
 demo: .venv/.runtime
 	$(BIN)/mcv-run --image models/tiny/demo.png --prompt "What does the text say?"
@@ -31,8 +32,12 @@ fuzz: .venv/.dev
 stress: .venv/.dev
 	$(BIN)/python tests/stress.py --runs $(RUNS) --load $(LOAD)
 
+test-clients: .venv/.clients
+	.venv-clients/bin/python tests/serve/heavy/clients.py --server $(BIN)/python
+	.venv-clients/bin/python tests/serve/heavy/generated_requests.py --server $(BIN)/python
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-clients build *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mcv needs Python 3.11 or newer; try: make PYTHON=python3.12")'
@@ -40,6 +45,12 @@ clean:
 
 .venv/.runtime: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet -e .
+	touch $@
+
+# Large, and with needs of their own: they never share the environment of the tests.
+.venv/.clients: .venv/.dev
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet litellm langchain-openai llama-index-llms-openai-like schemathesis
 	touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml

@@ -21,6 +21,10 @@ from mcv_serve.openai.schema import ChatBody, CompletionBody, DetokenizeBody, To
 from mcv_serve.security import HEALTH, ApiKeys, Failures, SecurityHeaders
 from mcv_serve.service import Service
 
+_ROUTING = {
+    404: ("not_found", "there is no such route; /openapi.json lists them"),
+    405: ("method_not_allowed", "this route takes another method; /openapi.json says which"),
+}
 BODIES = (
     ChatBody,
     CompletionBody,
@@ -31,13 +35,17 @@ BODIES = (
     ResponsesBody,
     TokenizeBody,
 )
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}}}
+    for status, text in (("4XX", "What was asked cannot be done, and why."), ("5XX", "Not now, and when to ask again."))
+}
 
 
 def create_app(service: Service) -> FastAPI:
     """All routes of one service; its lifespan is its owner's affair."""
     app = FastAPI(title="mcv-serve", version=state_routes.server_version(), docs_url=None, redoc_url=None)
     for room in (state_routes, models, chat, completions, responses, ollama, vqa):
-        app.include_router(room.router(service))
+        app.include_router(room.router(service), responses=_REFUSALS)
     app.include_router(page.router())
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
 
@@ -64,8 +72,8 @@ def create_app(service: Service) -> FastAPI:
 
 def _refusal(error: Exception) -> ApiError:
     if isinstance(error, HTTPException):
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        return ApiError(error.status_code, code, "there is no such route" if error.status_code == 404 else str(error.detail))
+        code, message = _ROUTING.get(error.status_code, ("invalid_request", str(error.detail)))
+        return ApiError(error.status_code, code, message)
     return ApiError.of(error)
 
 

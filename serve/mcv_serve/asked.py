@@ -16,6 +16,11 @@ class PictureUrl:
     param: str | None = None
     """Where it stands in the body."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of it that wait in memory."""
+        return len(self.url)
+
 
 @dataclass(frozen=True, slots=True)
 class PictureData:
@@ -25,6 +30,10 @@ class PictureData:
     is_video: bool = False
     param: str | None = None
 
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
 
 @dataclass(frozen=True, slots=True)
 class FrameUrls:
@@ -33,6 +42,10 @@ class FrameUrls:
     urls: tuple[str, ...] = field(repr=False)
     fps: float = 1.0
     param: str | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.urls))
 
 
 Visual = PictureUrl | PictureData | FrameUrls

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -69,7 +70,7 @@ def _parsed(data: bytes, kind: type[Kind]) -> tuple[Kind, str]:
     try:
         body = kind.model_validate(value)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _refusal(error, value) from None
     said = json.dumps({name: item for name, item in value.items() if name not in _UNSAID}, sort_keys=True)
     return body, hashlib.sha256(f"{kind.__qualname__} {said}".encode()).hexdigest()
 
@@ -78,26 +79,39 @@ def _not_json(message: str) -> ApiError:
     return ApiError(400, "invalid_json", message)
 
 
-def _refusal(error: ValidationError) -> ApiError:
+def _refusal(error: ValidationError, body: Any) -> ApiError:
     """One line about what is most to the point: of a field that may be several things, what fits best so far."""
     worst = max(error.errors(include_url=False, include_context=False, include_input=False), key=lambda one: len(one["loc"]))
-    field = ".".join(str(part) for part in worst["loc"] if isinstance(part, int) or _is_field(part))
+    field = _field(worst["loc"], body)
     if worst["type"] == "extra_forbidden":
         return ApiError(400, "unknown_parameter", f"this server knows no field {field!r}; leave it out", param=field)
     message = worst["msg"][:1].lower() + worst["msg"][1:]
     return ApiError(400, "invalid_value", f"{field}: {message}" if field else message, param=field or None)
 
 
-def _is_field(part: str) -> bool:
-    """Whether a step of the way to a mistake is a field's name, not one of the kinds that it may have."""
-    return part.isidentifier() and part[:1].islower() and part not in ("str", "list", "dict", "bool", "int", "float")
+def _field(way: Sequence[int | str], body: Any) -> str:
+    """Where a mistake is, without the steps of the way that stand for the kinds which a field may have."""
+    names: list[str] = []
+    here = body
+    for at, step in enumerate(way):
+        inside = dict(enumerate(here)) if isinstance(here, list) else here if isinstance(here, dict) else None
+        missing = inside is not None and at + 1 == len(way)  # a field that should be there
+        if inside is not None and (step in inside or missing):
+            names.append(str(step))
+            here = inside.get(step)
+    return ".".join(names)
 
 
-def described(kind: type[BaseModel]) -> dict[str, Any]:
-    """A body for the description of a route in OpenAPI; its schema stands there under the kind's name."""
+def described(kind: type[BaseModel], *, stream: str | None = None) -> dict[str, Any]:
+    """A body for the description of a route in OpenAPI; its schema stands there under the kind's name.
+
+    `stream`: the content type of answers that come as they are made.
+    """
+    streams: dict[str, Any] = {} if stream is None else {"responses": {"200": {"content": {stream: {"schema": {}}}}}}
     return {
+        **streams,
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}},
-        }
+        },
     }

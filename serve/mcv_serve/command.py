@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mcv_runtime import McvError, OptionError, load
+from mcv_runtime import OptionError, load
+from mcv_runtime.command import terminal
 from mcv_runtime.files import at_home, read_text
 from mcv_runtime.pictures.images import MAX_PIXELS
 from mcv_serve.server import Server, serve
@@ -49,6 +51,9 @@ def run(
         int, _option("--concurrent", help="Requests that are computed together.", panel=_LIMITS)
     ] = _DEFAULT.concurrent,
     queue: Annotated[int, _option("--queue", help="Requests that may wait for that.", panel=_LIMITS)] = _DEFAULT.queue,
+    queue_mb: Annotated[
+        float, _option("--queue-mb", help="Most of all requests that wait, in memory.", panel=_LIMITS)
+    ] = _DEFAULT.queue_mb,
     deadline: Annotated[
         float, _option("--deadline", help="Seconds after which an answer ends as far as it is.", panel=_LIMITS)
     ] = _DEFAULT.deadline_s,
@@ -115,6 +120,7 @@ def run(
         api_keys=_keys(api_key or (), api_key_file),
         concurrent=concurrent,
         queue=queue,
+        queue_mb=queue_mb,
         deadline_s=deadline,
         drain_s=drain,
         keep_alive_s=keep_alive,
@@ -168,11 +174,8 @@ def _keys(given: Any, file: Path | None) -> tuple[str, ...]:
 
 def main() -> None:
     """The command; a known mistake is one line and exit code 2."""
-    try:
-        app(standalone_mode=True)
-    except McvError as error:
-        typer.echo(f"mcv-serve: {error}", err=True)
-        raise SystemExit(error.exit_code) from None
+    warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata and large pictures: the client has our own line
+    terminal.run(app, "mcv-serve")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ class Service:
         self.stepping = ThreadPoolExecutor(1, "mcv-engine")
         self._pool = ThreadPoolExecutor(_PREPARING + (_FETCHING if settings.image_hosts else 0), "mcv-prepare")
         self._same: dict[str, Answering] = {}
+        self._held = 0
+        """Bytes of texts and pictures of all those."""
         self._isolated = IsolatedDecoder(max_pixels) if settings.isolate else None
         self._decode: Decode = bytes if self._isolated is None else self._isolated
         self._picture_bytes = int(settings.picture_mb * 1e6)
@@ -66,18 +68,24 @@ class Service:
         `key` is equal for equal requests. Raises `ApiError` where no more are taken.
         """
         self.check(asked)
+        size = sum(len(part) if isinstance(part, str) else part.size for turn in asked.turns for part in turn.parts)
         same = self._same.get(key) if key is not None and asked.deterministic else None
         if same is not None and not same.done:
             self.metrics.note_joined()
             same.listeners += 1
             return same
         self.admission.check()
+        if self._held + size > self.settings.queue_mb * 1e6 and self.answering:
+            retry = self.admission.retry_after
+            raise ApiError(429, "queue_full", "what waits takes all the memory that is meant for it", retry_after=retry)
+        self._held += size
         answering = Answering(asked, deadline=time.monotonic() + self.settings.deadline_s)
         answering.listeners = 1
         self.answering[answering.number] = answering
         if key is not None and asked.deterministic:
             self._same[key] = answering
-        answering.task = asyncio.get_running_loop().create_task(self._answer(answering, client, key))
+        answering.task = asyncio.get_running_loop().create_task(self._answer(answering, client))
+        answering.task.add_done_callback(lambda _: self._over(answering, size))
         return answering
 
     def leave(self, answering: Answering) -> None:
@@ -89,6 +97,14 @@ class Service:
             answering.stop.set()
             if answering.task is not None:
                 answering.task.cancel()
+
+    def _over(self, answering: Answering, size: int) -> None:
+        """However it ended, even before it began."""
+        if not answering.done:
+            answering.finish(None, ApiError(499, "client_gone", "the client is gone"))
+        self._held -= size
+        del self.answering[answering.number]
+        self._forget_same(answering)
 
     def _forget_same(self, answering: Answering) -> None:
         for key in [key for key, other in self._same.items() if other is answering]:
@@ -105,7 +121,7 @@ class Service:
         if tokens is not None and most_tokens is not None and tokens > most_tokens:
             raise ApiError(400, "invalid_value", f"an answer may have {most_tokens} tokens, not {tokens}", param="max_tokens")
 
-    async def _answer(self, answering: Answering, client: str, key: str | None) -> None:
+    async def _answer(self, answering: Answering, client: str) -> None:
         place: float | None = None
         try:
             try:
@@ -138,8 +154,6 @@ class Service:
                 )
             answering.finish(None, refused)
         finally:
-            self.answering.pop(answering.number, None)
-            self._forget_same(answering)
             if place is not None:
                 self.admission.leave(place)
 

@@ -21,6 +21,8 @@ class Settings:
     """Requests that are prepared or computed at the same time."""
     queue: int = 2048
     """Requests that wait for that; more are refused with 429."""
+    queue_mb: float = 2048.0
+    """Most of texts and pictures of all requests that wait or are computed."""
     deadline_s: float = 1800.0
     """After so many seconds an answer ends as far as it is."""
     drain_s: float = 30.0
@@ -60,7 +62,7 @@ class Settings:
         for name in ("concurrent", "pictures", "answers"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("deadline_s", "keep_alive_s", "body_mb", "body_s", "picture_mb", "fetch_s", "save_s"):
+        for name in ("queue_mb", "deadline_s", "keep_alive_s", "body_mb", "body_s", "picture_mb", "fetch_s", "save_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise OptionError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.queue < 0 or not 0 <= self.drain_s < math.inf:

@@ -63,6 +63,7 @@ def router(service: Service) -> APIRouter:
                 "params": {"temperature": settings.temperature, "n_predict": info.max_new_tokens},
             },
             "chat_template": service.engine.bundle.read_text(service.engine.bundle.manifest.text.chat_template),
+            "chat_template_caps": {"supports_tools": True, "supports_tool_calls": True, "supports_system_role": True},
             "max_slice_nums": info.max_slice_nums,
             "downsample_modes": info.downsample_modes,
             "thinking": info.thinking,

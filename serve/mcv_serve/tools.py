@@ -71,7 +71,8 @@ def read_call(text: str, tools: Sequence[Mapping[str, Any]], forced: str | None 
         value = parse_json(text.strip(), "the call", error=_NoCallError)
     except _NoCallError:
         return None
-    if not isinstance(value, dict) or value.get("name") not in names:
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name not in names:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
@@ -79,7 +80,7 @@ def read_call(text: str, tools: Sequence[Mapping[str, Any]], forced: str | None 
             arguments = parse_json(arguments or "{}", "the arguments", error=_NoCallError)
         except _NoCallError:
             return None
-    return Call(value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+    return Call(name, json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
 
 
 class _NoCallError(McvError, ValueError):

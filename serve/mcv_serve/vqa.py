@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
@@ -71,6 +72,9 @@ async def _form(request: Request, service: Service) -> tuple[list[PictureData], 
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError(415, "unsupported_media_type", "send a multipart form with `file` and `question`")
     data = await bodies.read(request, service.settings)
+    boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary")
+    if not boundary or b"--" + boundary + b"--" not in data[-len(boundary) - 16 :]:  # the parser would take what there is
+        raise ApiError(400, "invalid_form", "the form is cut off, or says nothing of its boundary")
     sent = False
 
     async def receive() -> dict[str, Any]:

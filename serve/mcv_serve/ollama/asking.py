@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from mcv_runtime import EngineInfo
-from mcv_serve.asked import Asked, PictureUrl, Turn
+from mcv_serve.asked import Asked, PictureUrl, Turn, Visual
 from mcv_serve.errors import ApiError
 from mcv_serve.ollama.schema import OllamaChatBody, OllamaGenerateBody, OllamaMessage, OllamaOptions
 from mcv_serve.openai.asking import asked_of, tools_of
 from mcv_serve.settings import Settings
 
+_MARK = "[img]"
+"""Where in a text its next picture belongs."""
 _COPIED = {
     "stop": "stop",
     "repeat_penalty": "repetition_penalty",
@@ -38,7 +40,7 @@ def generate_asked(body: OllamaGenerateBody, info: EngineInfo, settings: Setting
     """One question, or with `raw` a text that is gone on with."""
     options = _options(body, info, settings)
     turns = [Turn("system", (body.system,))] if body.system else []
-    turns.append(Turn("user", (*_pictures(body.images, "images"), body.prompt or "")))
+    turns.append(Turn("user", placed(body.prompt or "", _pictures(body.images, "images"))))
     if body.raw:
         options |= {"raw": True}
         options.pop("thinking", None)
@@ -49,7 +51,20 @@ def _turn(message: OllamaMessage, at: int) -> Turn:
     calls = tuple({"name": call.function.name, "arguments": call.function.arguments} for call in message.tool_calls or ())
     if calls and message.role != "assistant":
         raise ApiError(400, "invalid_value", "tool_calls belong to the assistant", param=f"messages.{at}.tool_calls")
-    return Turn(message.role, (*_pictures(message.images, f"messages.{at}.images"), message.content or ""), calls)
+    pictures = _pictures(message.images, f"messages.{at}.images")
+    return Turn(message.role, placed(message.content or "", pictures), calls)
+
+
+def placed(text: str, pictures: tuple[PictureUrl, ...]) -> tuple[str | Visual, ...]:
+    """A text with its pictures: each mark takes the next one; those for which there is no mark stand before the text."""
+    pieces = text.split(_MARK) if pictures else [text]
+    marks = min(len(pieces) - 1, len(pictures))
+    before, inside = pictures[: len(pictures) - marks], pictures[len(pictures) - marks :]
+    parts: list[str | Visual] = [*before]
+    for piece, picture in zip(pieces, inside, strict=False):
+        parts += [piece.strip("\n"), picture] if piece.strip() else [picture]
+    rest = _MARK.join(pieces[marks:])
+    return (*parts, rest.lstrip("\n") if marks else rest)
 
 
 def _pictures(images: list[str] | None, where: str) -> tuple[PictureUrl, ...]:

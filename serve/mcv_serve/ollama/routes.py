@@ -39,14 +39,14 @@ def router(service: Service) -> APIRouter:
         _, answer = await whole(service, asked, request, key)
         return JSONResponse(writer.whole(answer))
 
-    @routes.post("/api/chat", openapi_extra=bodies.described(OllamaChatBody))
+    @routes.post("/api/chat", openapi_extra=bodies.described(OllamaChatBody, stream="application/x-ndjson"))
     async def chat(request: Request) -> Response:
         body, key = await bodies.parsed(await bodies.read(request, settings), OllamaChatBody, service)
         if not body.messages:
             return JSONResponse({**_head(service), **_said("", chat=True), "done": True, "done_reason": "load"})
         return await answered(chat_asked(body, service.engine.info(), settings), request, key, body.stream, chat=True)
 
-    @routes.post("/api/generate", openapi_extra=bodies.described(OllamaGenerateBody))
+    @routes.post("/api/generate", openapi_extra=bodies.described(OllamaGenerateBody, stream="application/x-ndjson"))
     async def generate(request: Request) -> Response:
         body, key = await bodies.parsed(await bodies.read(request, settings), OllamaGenerateBody, service)
         if not body.prompt:

@@ -57,6 +57,11 @@ class OllamaOptions(Body):
 
     num_ctx: int | None = None
     num_keep: int | None = None
+    num_gqa: int | None = None
+    rope_frequency_base: float | None = None
+    rope_frequency_scale: float | None = None
+    logits_all: bool | None = None
+    embedding_only: bool | None = None
     num_batch: int | None = None
     num_gpu: int | None = None
     main_gpu: int | None = None

@@ -49,7 +49,7 @@ def chat_asked(body: ChatBody, info: EngineInfo, settings: Settings, *, kind: st
     options |= guided
     thinking = _thinking(body, info)
     if thinking and guided:
-        if body.chat_template_kwargs is not None and body.chat_template_kwargs.enable_thinking:
+        if body.enable_thinking or (body.chat_template_kwargs is not None and body.chat_template_kwargs.enable_thinking):
             raise ApiError(
                 400, "invalid_value", "an answer of a given form is not thought about first; leave enable_thinking out",
                 param="chat_template_kwargs.enable_thinking",
@@ -165,7 +165,7 @@ def _forced(body: ChatBody, tools: Sequence[dict[str, Any]]) -> str | None:
 
 
 def _thinking(body: ChatBody, info: EngineInfo) -> bool:
-    asked = None if body.chat_template_kwargs is None else body.chat_template_kwargs.enable_thinking
+    asked = body.enable_thinking if body.chat_template_kwargs is None else body.chat_template_kwargs.enable_thinking
     if asked is None and body.reasoning_effort is not None:
         return info.thinking and body.reasoning_effort not in ("none", "minimal")
     return bool(asked)

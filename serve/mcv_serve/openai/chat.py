@@ -27,7 +27,7 @@ def router(service: Service) -> APIRouter:
     """Its routes."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", openapi_extra=bodies.described(ChatBody), tags=["openai"])
+    @routes.post("/v1/chat/completions", openapi_extra=bodies.described(ChatBody, stream="text/event-stream"), tags=["openai"])
     @routes.post("/chat/completions", include_in_schema=False)
     async def chat(request: Request) -> Response:
         body, key = await bodies.parsed(await bodies.read(request, service.settings), ChatBody, service)

@@ -29,7 +29,7 @@ def router(service: Service) -> APIRouter:
     """Its routes."""
     routes = APIRouter(tags=["openai"])
 
-    @routes.post("/v1/completions", openapi_extra=bodies.described(CompletionBody))
+    @routes.post("/v1/completions", openapi_extra=bodies.described(CompletionBody, stream="text/event-stream"))
     async def complete(request: Request) -> Response:
         body, key = await bodies.parsed(await bodies.read(request, service.settings), CompletionBody, service)
         info = service.engine.info()

@@ -37,7 +37,8 @@ def router(service: Service) -> APIRouter:
                 "output_modalities": ["text"],
             },
             "capabilities": {"vision": True, "thinking": info.thinking, "tools": True, "structured_output": True},
-            "meta": {"n_ctx_train": info.context_length, "n_vocab": info.vocab_size},
+            "aliases": [],
+            "meta": {"n_ctx": info.context_length, "n_ctx_train": info.context_length, "n_vocab": info.vocab_size},
         }
 
     @routes.get("/v1/models")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from mcv_runtime import Answer, Piece
 from mcv_serve import body as bodies
@@ -46,6 +46,7 @@ class InputMessage(Body):
     content: Text | list[Part]
     id: str | None = None
     status: str | None = None
+    phase: str | None = None
 
 
 class InputCall(Body):
@@ -55,6 +56,8 @@ class InputCall(Body):
     arguments: str
     id: str | None = None
     status: str | None = None
+    namespace: None = None
+    caller: None = None
 
 
 class InputResult(Body):
@@ -74,6 +77,21 @@ class InputReasoning(Body):
     content: list[Any] | None = None
     encrypted_content: str | None = None
     status: str | None = None
+
+
+def _kind(item: Any) -> str | None:
+    """Of an item of the input; a message need not say that it is one."""
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    return kind if isinstance(kind, str) else None
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputResult, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")],
+    Discriminator(_kind),
+]
 
 
 class ResponseTool(Body):
@@ -112,7 +130,7 @@ class ResponsesBody(Body):
     """POST /v1/responses"""
 
     model: str | None = None
-    input: Text | Annotated[list[InputMessage | InputCall | InputResult | InputReasoning], Field(min_length=1)]
+    input: Text | Annotated[list[InputItem], Field(min_length=1)]
     instructions: Text | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -148,7 +166,7 @@ def router(service: Service) -> APIRouter:
     """Its routes."""
     routes = APIRouter(tags=["openai"])
 
-    @routes.post("/v1/responses", openapi_extra=bodies.described(ResponsesBody))
+    @routes.post("/v1/responses", openapi_extra=bodies.described(ResponsesBody, stream="text/event-stream"))
     async def respond(request: Request) -> Response:
         body, key = await bodies.parsed(await bodies.read(request, service.settings), ResponsesBody, service)
         asked = chat_asked(as_chat(body), service.engine.info(), service.settings, kind="responses")

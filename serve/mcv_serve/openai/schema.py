@@ -172,6 +172,8 @@ class Sampling(Body):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     cache_prompt: bool | None = None
+    timings_per_token: bool | None = None
+    return_progress: bool | None = None
 
 
 class ChatBody(Sampling):
@@ -188,6 +190,7 @@ class ChatBody(Sampling):
     function_call: None = None
     chat_template_kwargs: TemplateArguments | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    enable_thinking: bool | None = None
     include_reasoning: bool | None = None
     modalities: list[Literal["text"]] | None = None
     prompt: Annotated[list[Any], Field(max_length=0)] | None = None
