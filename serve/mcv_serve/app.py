@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from mcv_runtime import McvError
-from mcv_serve import state_routes, vqa
+from mcv_serve import page, state_routes, vqa
 from mcv_serve.errors import ApiError, dialect_of
 from mcv_serve.ollama import routes as ollama
 from mcv_serve.ollama.schema import OllamaChatBody, OllamaGenerateBody, OllamaShowBody
@@ -39,8 +39,6 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}}}
     for status, text in (("4XX", "What was asked cannot be done, and why."), ("5XX", "Not now, and when to ask again."))
 }
-OPEN = HEALTH
-"""Routes that need no key."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -48,6 +46,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="mcv-serve", version=state_routes.server_version(), docs_url=None, redoc_url=None)
     for room in (state_routes, models, chat, completions, responses, ollama, vqa):
         app.include_router(room.router(service), responses=_REFUSALS)
+    app.include_router(page.router())
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
 
     async def refuse(request: Request, error: Exception) -> Response:
@@ -59,7 +58,7 @@ def create_app(service: Service) -> FastAPI:
         app.add_exception_handler(kind, refuse)
     # the last one added is the outermost
     app.add_middleware(Failures, log_content=service.settings.log_content)
-    app.add_middleware(ApiKeys, keys=service.settings.api_keys, free=OPEN)
+    app.add_middleware(ApiKeys, keys=service.settings.api_keys, free=HEALTH | page.paths())
     if service.settings.origins:
         app.add_middleware(
             CORSMiddleware,

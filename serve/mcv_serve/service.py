@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from mcv_runtime import Engine, Event, McvError, Options, Request, Ticket
+from mcv_runtime import Engine, Event, McvError, Options, Prompt, Request, Ticket
 from mcv_runtime.pictures.images import MAX_PIXELS
 from mcv_serve.admission import Admission
 from mcv_serve.answering import Answering
@@ -176,11 +176,10 @@ class Service:
         """The runtime's options of a request."""
         return Options.of(None, {**asked.options, **more})
 
-    def prepared(self, asked: Asked) -> tuple[tuple[int, ...], int]:
-        """Ids of a request's prompt, and how many are of pictures; in a thread of the pool."""
+    def prepared(self, asked: Asked) -> Prompt:
+        """A request's prompt; in a thread of the pool."""
         with messages_of(asked, self._fetch, self._decode, self._picture_bytes) as messages:
-            prompt = self.engine.prompt(messages, options=self.options(asked))
-        return tuple(prompt.ids.tolist()), len(prompt.visual_positions)
+            return self.engine.prompt(messages, options=self.options(asked))
 
     def _load_state(self) -> None:
         path = self.settings.state

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mcv_runtime import Answer, Completion, Engine
+from mcv_runtime import Answer, Completion, Engine, Prompt
+from mcv_runtime.bundle.manifest import PlaceholderSpec
+from mcv_runtime.text.prompts import slice_tokens
 from mcv_serve.asked import Asked
 from mcv_serve.channels import CALL, CALL_END, Channels, Part
 from mcv_serve.tools import ANY, Call, read_call
@@ -114,6 +116,18 @@ def pictures(answer: Answer) -> list[dict[str, Any]]:
             "visual_tokens": len(picture.embeds),
         }
         for picture in answer.pictures
+    ]
+
+
+def cuts(prompt: Prompt, placeholder: PlaceholderSpec) -> list[dict[str, Any]]:
+    """How each picture of a prompt will be cut, and the visual tokens of each slice; the overview is the first."""
+    return [
+        {
+            "grid": [grid.columns, grid.rows] if grid.columns else None,
+            "slice_sizes": grid.sizes,
+            "slice_tokens": slice_tokens(placeholder, grid),
+        }
+        for grid in prompt.grids
     ]
 
 

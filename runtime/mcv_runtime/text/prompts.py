@@ -64,6 +64,8 @@ class Prompt:
     """Ascending indices into `ids` whose embeddings are replaced by visual tokens, in the order of the pictures' slices."""
     positions: NDArray[np.int64] | None = None
     """[3, tokens]: time, row and column of each token; None: they are numbered one after the other."""
+    grids: tuple[SliceGrid, ...] = ()
+    """How its pictures, and the frames of its videos, are cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class PromptBuilder:
             ids,
             np.concatenate([np.empty(0, np.int64), *(start + np.arange(n) for start, n in zip(starts, counts, strict=True))]),
             self._canvas(ids, starts, visuals) if self.text.positions == "canvas" else None,
+            tuple(_grids(visuals)),
         )
 
     def require_brief(self, characters: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from mcv_serve import body as bodies
+from mcv_serve import told
 from mcv_serve.errors import ApiError
 from mcv_serve.openai.asking import asked_of, chat_asked, tools_of, turn_of
 from mcv_serve.openai.schema import ChatBody, DetokenizeBody, TokenizeBody
@@ -56,8 +57,13 @@ def router(service: Service) -> APIRouter:
         body, _ = await bodies.parsed(await bodies.read(request, settings), ChatBody, service)
         asked = chat_asked(body, service.engine.info(), settings)
         service.check(asked)
-        ids, visual = await service.in_pool(service.prepared, asked)
-        return {"object": "response.input_tokens", "input_tokens": len(ids), "image_tokens": visual}
+        prompt = await service.in_pool(service.prepared, asked)
+        return {
+            "object": "response.input_tokens",
+            "input_tokens": len(prompt.ids),
+            "image_tokens": len(prompt.visual_positions),
+            "pictures": told.cuts(prompt, service.engine.bundle.manifest.placeholder),
+        }
 
     @routes.post("/tokenize", openapi_extra=bodies.described(TokenizeBody))
     async def tokenize(request: Request) -> dict[str, Any]:
@@ -69,13 +75,13 @@ def router(service: Service) -> APIRouter:
             turns = [turn_of(message, f"messages.{at}") for at, message in enumerate(body.messages)]
             asked = asked_of(turns, {}, info, kind="tokenize", tools=tools_of(body.tools))
             service.check(asked)
-            ids, _ = await service.in_pool(service.prepared, asked)
+            ids = tuple((await service.in_pool(service.prepared, asked)).ids.tolist())
         else:
             ids = await service.in_pool(service.engine.tokenize, body.prompt if body.prompt is not None else body.content or "")
-        told: dict[str, Any] = {"count": len(ids), "max_model_len": info.context_length, "tokens": list(ids)}
+        counted: dict[str, Any] = {"count": len(ids), "max_model_len": info.context_length, "tokens": list(ids)}
         if body.return_token_strs:
-            told["token_strs"] = [service.engine.detokenize([token]) for token in ids]
-        return told
+            counted["token_strs"] = [service.engine.detokenize([token]) for token in ids]
+        return counted
 
     @routes.post("/detokenize", openapi_extra=bodies.described(DetokenizeBody))
     async def detokenize(request: Request) -> dict[str, Any]:
