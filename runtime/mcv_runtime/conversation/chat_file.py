@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _MAGIC = b"mcv-chat 2\n"
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, MemoryError, RecursionError)
-"""What a damaged archive may raise besides."""
+"""Errors that a damaged archive may raise besides."""
 
 
 def write_chat(path: Path, bundle: Bundle, messages: Sequence[Message[Part]], slots: Slots, row: Row | None) -> None:
@@ -74,7 +74,7 @@ def write_chat(path: Path, bundle: Bundle, messages: Sequence[Message[Part]], sl
 
 
 def read_chat(path: Path, bundle: Bundle, slots: Slots) -> tuple[list[Message[Part]], Row | None]:
-    """What `write_chat` wrote, and the row if there is room for it; raises `ChatFileError`."""
+    """The messages that `write_chat` wrote, and the row if there is room for it; raises `ChatFileError`."""
     try:
         with open_regular(path, error=ChatFileError) as file:
             if file.read(len(_MAGIC)) != _MAGIC:

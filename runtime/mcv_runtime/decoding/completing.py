@@ -74,7 +74,7 @@ class PartialCompletion:
         return piece
 
     def completion(self, score: float | None = None) -> Completion:
-        """What it has become."""
+        """The finished completion."""
         assert self.reason is not None
         logprobs = tuple(self._logprobs) if self._settings.logprobs else None
         return Completion(text=self.text, tokens=tuple(self.tokens), stop_reason=self.reason, logprobs=logprobs, score=score)

@@ -1,4 +1,4 @@
-"""What a request gives back: the answer and what it took."""
+"""Answers: their texts, and what it took to make them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Completion:
     logprobs: tuple[float, ...] | None = None
     """Log-probability of each token under the model, before penalties and temperature; None unless asked for."""
     score: float | None = None
-    """What beam search ranks by: the sum of the log-probabilities over a power of the length."""
+    """The rank in a beam search: the sum of the log-probabilities over a power of the length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a request may change: every option once, with its type, its meaning and its flag of `mcv-run`."""
+"""Options of a request: every one once, with its type, its meaning and its flag of `mcv-run`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class PictureOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options(PictureOptions):
-    """What one request may change; what is left out (None) is as the bundle says. Without `temperature`, answers are greedy."""
+    """All options of a request; what is left out (None) is as the bundle says. Without `temperature`, answers are greedy."""
 
     use_image_id: bool | None = _option("Number the pictures in the prompt.", PICTURES)
     thinking: bool | None = _option("Let the model think first, if it knows how.", ASKING)
