@@ -143,6 +143,8 @@ def load(
     if session_options is not None and threads is not None:
         raise OptionError("threads and session_options exclude each other; set intra_op_num_threads of the options")
     chosen = default_session_options(threads) if session_options is None else session_options
+    if not hasattr(chosen, "intra_op_num_threads"):
+        raise OptionError(f"session_options must be an onnxruntime.SessionOptions, not {type(session_options).__name__}")
     if session_factory is not None and provider != CPU:
         raise OptionError(f"provider={provider!r} is for the session factory that was given to choose; leave one of them out")
     factory = provider_session(provider) if session_factory is None else session_factory

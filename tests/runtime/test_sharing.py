@@ -141,6 +141,17 @@ def test_nothing_is_forgotten_for_who_cannot_begin_anyway(hybrid):
     assert large.result().tokens
 
 
+def test_rows_that_cannot_be_brought_together_run_one_by_one(monkeypatch):
+    """Where there is no memory to move one, nobody hears of it."""
+    engine = load(threads=1)
+
+    def full(arena, rows, running):
+        raise MemoryError
+
+    monkeypatch.setattr("mcv_runtime.decoding.slots.side_by_side", full)
+    assert [answer.text for answer in engine.batch([Request(DEMO, CAPTION)] * 3)] == [SAID] * 3
+
+
 def test_who_needs_much_memory_is_not_passed_by_forever(hybrid):
     """Small requests that always overlap leave no room; those that come later wait for the large one."""
     engine = tight(hybrid, 100, 2.5, reuse=False)
@@ -300,6 +311,22 @@ def test_what_is_no_request(wrong):
             call()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2, "length_penalty": 1e300},
+        {"num_beams": 2, "length_penalty": -1e300},
+        {"repetition_penalty": 1e300},
+        {"repetition_penalty": 1e-320},
+        {"presence_penalty": 1e308},
+    ],
+)
+def test_numbers_that_cannot_be_reckoned_with(options):
+    (name,) = options.keys() - {"num_beams"}
+    with pytest.raises(OptionError, match=f"^{name} must be from .* to .*, not "):
+        load(threads=1).submit(Request(DEMO, CAPTION, options=Options(**options)))
+
+
 @pytest.mark.parametrize("wrong", [5, None, b"x", ["x"]])
 def test_a_prompt_is_a_text(wrong):
     engine = load(threads=1)
@@ -330,6 +357,7 @@ def test_a_prompt_is_a_text(wrong):
         ("kv", 3),
         ("provider", 5),
         ("session_factory", 5),
+        ("session_options", 5),
     ],
 )
 def test_arguments_of_another_type_are_named(name, wrong):

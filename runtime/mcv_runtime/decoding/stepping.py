@@ -20,7 +20,11 @@ def step(slots: Slots, decoder: Decoder, tokens: Mapping[Row, int]) -> dict[Row,
     """Logits [vocab] behind the next token of every row; where rows cannot run together, each fails by itself."""
     found: dict[Row, NDArray[np.float32] | Exception] = {}
     try:
-        for rows in slots.ranges(tokens) if tokens else ():
+        try:
+            groups = slots.ranges(tokens) if tokens else []
+        except Exception:  # no memory to bring them side by side
+            groups = [[row] for row in tokens]
+        for rows in groups:
             try:
                 found |= zip(rows, decoder.step(slots, rows, [tokens[row] for row in rows]), strict=True)
             except Exception as error:

@@ -171,8 +171,8 @@ class Settings:
             raise OptionError("a stop string is empty; leave it out")
         if self.timeout is not None and not self.timeout > 0:
             raise OptionError(f"timeout must be above 0 seconds, not {self.timeout}")
-        if not math.isfinite(self.length_penalty):
-            raise OptionError(f"length_penalty must be a number, not {self.length_penalty}")
+        if not -30 <= self.length_penalty <= 30:  # beyond, its power of a length is no float
+            raise OptionError(f"length_penalty must be from -30 to 30, not {self.length_penalty}")
         if self.num_beams > 1 and self.sampled:
             raise OptionError("num_beams and temperature exclude each other; leave one out")
         if self.num_beams > 1 and self.sampling.presence_penalty:
