@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
 
@@ -30,6 +32,7 @@ from mcv_runtime.pictures.images import MAX_PIXELS, ImageSource
 from mcv_runtime.pictures.picture import Clip, Picture
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.answer import Answer
+from mcv_runtime.request.option_types import check_type
 from mcv_runtime.request.options import Keywords, Options, PictureKeywords, PictureOptions
 from mcv_runtime.request.preparation import Messages, PictureSource, Preparer
 from mcv_runtime.request.request import Request
@@ -59,7 +62,7 @@ _PICTURES, _SLICES, _KEPT = 1 / 8, 1 / 4, 1 / 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What an engine is and can do."""
+    """Facts about an engine: its model, its limits, its abilities."""
 
     family: str
     model: str
@@ -127,11 +130,29 @@ def load(
     `OptionError`.
     """
     start = time.perf_counter()
+    for name, value, kind in (
+        ("bundle", bundle, str | os.PathLike | None),
+        ("threads", threads, int | None),
+        ("memory_mb", memory_mb, float | None),
+        ("max_rows", max_rows, int),
+        ("max_pixels", max_pixels, int),
+        ("reuse", reuse, bool),
+        ("batch_slices", batch_slices, BatchSlices),
+        ("cache_dir", cache_dir, str | os.PathLike | None),
+        ("cache_dir_mb", cache_dir_mb, float),
+        ("low_memory", low_memory, bool),
+        ("kv", kv, Literal["float", "int8"]),
+        ("provider", provider, str),
+        ("session_factory", session_factory, Callable[..., Any] | None),
+    ):
+        check_type(name, value, kind)
     opened = Bundle.open(bundles.DEFAULT if bundle is None else bundle)
     manifest = opened.manifest
     if session_options is not None and threads is not None:
         raise OptionError("threads and session_options exclude each other; set intra_op_num_threads of the options")
     chosen = default_session_options(threads) if session_options is None else session_options
+    if not hasattr(chosen, "intra_op_num_threads"):
+        raise OptionError(f"session_options must be an onnxruntime.SessionOptions, not {type(session_options).__name__}")
     if session_factory is not None and provider != CPU:
         raise OptionError(f"provider={provider!r} is for the session factory that was given to choose; leave one of them out")
     factory = provider_session(provider) if session_factory is None else session_factory
@@ -221,7 +242,7 @@ class Engine:
         Raises what is wrong with the request. Nothing is computed while nobody waits for any ticket. A `timeout` counts from
         now, or with `own_time` only while the request is worked for: for one of many, which wait for each other.
         """
-        return self._answerer.submit(request.conversation, request.options, own_time=own_time).ticket
+        return self._answerer.take(request, own_time=own_time)
 
     def ask(
         self,
@@ -268,8 +289,7 @@ class Engine:
             raise OptionError(f"ahead must be at least 1, not {ahead}")
         waiting, taken = deque[Ticket](), iter(requests)
         while True:
-            while len(waiting) < ahead and (request := next(taken, None)) is not None:
-                waiting.append(self._answerer.submit_or_refuse(request.conversation, request.options))
+            waiting.extend(map(self._answerer.take_or_refuse, islice(taken, ahead - len(waiting))))
             if not waiting:
                 return
             finish_first(waiting)
@@ -305,7 +325,7 @@ class Engine:
         return self._preparer.prompt(self._preparer.sliced(messages, chosen), chosen)
 
     def info(self) -> EngineInfo:
-        """What the engine is and can do."""
+        """Facts about the engine: its model, its limits, its abilities."""
         manifest = self.bundle.manifest
         return EngineInfo(
             family=manifest.family,
@@ -334,7 +354,7 @@ class Engine:
         return self._tokenizer.decode(tokens)
 
     def memory(self) -> MemoryUse:
-        """What is held now, by kind."""
+        """Bytes that are held now, by kind."""
         slots = self._scheduler.slots
         kept = slots.kept_bytes
         return MemoryUse(running=slots.nbytes - kept, kept=kept, pictures=self._vision.cache.nbytes, limit=self._memory)
@@ -387,8 +407,6 @@ def _bytes(name: str, megabytes: float) -> int:
 
 
 def _decoder_graph(manifest: Manifest, kv: str) -> GraphName:
-    if kv not in ("float", "int8"):
-        raise OptionError(f"kv={kv!r} is none of float, int8")
     if kv == "float":
         return "decoder_with_past"
     if "decoder_with_past_kv8" not in manifest.graphs:

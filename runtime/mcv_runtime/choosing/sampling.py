@@ -51,15 +51,15 @@ class Sampling:
             raise OptionError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise OptionError(f"min_p must be from 0 to 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise OptionError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        if not math.isfinite(self.presence_penalty):
-            raise OptionError(f"presence_penalty must be a number, not {self.presence_penalty}")
-        if not math.isfinite(self.frequency_penalty):
-            raise OptionError(f"frequency_penalty must be a number, not {self.frequency_penalty}")
+        if not 1e-6 <= self.repetition_penalty <= 1e6:  # beyond, logits in float32 are 0 or infinite
+            raise OptionError(f"repetition_penalty must be from 1e-6 to 1e6, not {self.repetition_penalty}")
+        if not -1e6 <= self.presence_penalty <= 1e6:
+            raise OptionError(f"presence_penalty must be from -1e6 to 1e6, not {self.presence_penalty}")
+        if not -1e6 <= self.frequency_penalty <= 1e6:
+            raise OptionError(f"frequency_penalty must be from -1e6 to 1e6, not {self.frequency_penalty}")
         for token, bias in self.logit_bias.items():
-            if not _is_number(token, Integral) or token < 0 or not _is_number(bias, Real) or not math.isfinite(bias):
-                raise OptionError(f"logit_bias gives numbers by token id, not {bias!r} for {token!r}")
+            if not _is_number(token, Integral) or token < 0 or not _is_number(bias, Real) or not -1e6 <= bias <= 1e6:
+                raise OptionError(f"logit_bias gives numbers from -1e6 to 1e6 by token id, not {bias!r} for {token!r}")
         if self.seed is not None and self.seed < 0:
             raise OptionError(f"seed must be at least 0, not {self.seed}")
 

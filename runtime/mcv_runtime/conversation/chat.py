@@ -46,7 +46,7 @@ class Chat:
         if row is not None:
             row.owners.add(self)
         self._asked: tuple[Job, Sequence[Message[Part]]] | None = None  # not its ticket: who has that may forget it
-        self._lock = threading.Lock()  # never held while anything is computed
+        self._lock = threading.Lock()  # held by who notes what was answered; never while anything is computed
 
     @property
     def messages(self) -> tuple[Message[Part], ...]:
@@ -82,13 +82,15 @@ class Chat:
                 self._finish(patience)
             except Interrupted as interruption:
                 return self._answerer.ended(interruption).ticket
-            with self._lock:
-                self._settle()
-                if self._asked is None:
+            if (claim := self._claim()) is not None:
+                try:
                     messages = [{"role": message.role, "content": message.parts} for message in self._messages]
                     asked = self._answerer.submit([*messages, *question(images, prompt)], chosen, own=self._row, owner=self)
-                    self._asked = asked.job, asked.messages
-                    return asked.ticket
+                except BaseException:
+                    self._release(claim)
+                    raise
+                self._release(claim, (asked.job, asked.messages))
+                return asked.ticket
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
@@ -112,11 +114,27 @@ class Chat:
         """The last question answered, and no new one begun meanwhile."""
         while True:
             self._finish(Patience(None, None))
-            with self._lock:
-                self._settle()
-                if self._asked is None:
+            if (claim := self._claim()) is not None:
+                try:
                     yield
-                    return
+                finally:
+                    self._release(claim)
+                return
+
+    def _claim(self) -> Job | None:
+        """Stands for a question while one is prepared, or the conversation is used otherwise; None: another is under way."""
+        with self._lock:
+            self._settle()
+            if self._asked is not None:
+                return None
+            claim = Job(pictures=(), patience=Patience(None, None))
+            self._asked = claim, ()
+            return claim
+
+    def _release(self, claim: Job, asked: tuple[Job, Sequence[Message[Part]]] | None = None) -> None:
+        """End a claim with the question that was prepared, or with none."""
+        self._asked = asked
+        claim.done = True
 
     def _finish(self, patience: Patience) -> None:
         """Work until the last question is answered; raises `Interrupted`."""

@@ -75,7 +75,7 @@ def read_row(archive: Mapping[str, NDArray[Any]], slots: Slots, prefix: str = ""
 
 
 def read_chat(path: Path, bundle: Bundle, slots: Slots) -> tuple[list[Message[Part]], Row | None]:
-    """What `write_chat` wrote, and the row if there is room for it; raises `ChatFileError`."""
+    """The messages that `write_chat` wrote, and the row if there is room for it; raises `ChatFileError`."""
     with sealed(path, _MAGIC, "a conversation", "start the conversation again") as archive:
         return _unpacked(path, bundle, slots, archive)
 

@@ -26,6 +26,7 @@ from mcv_runtime.request.answer import Answer, Timings
 from mcv_runtime.request.options import Options, Settings
 from mcv_runtime.request.patience import Interrupted, Patience
 from mcv_runtime.request.preparation import Messages, Part, Preparer, shown
+from mcv_runtime.request.request import Request
 from mcv_runtime.text.grounding import mark_ids
 from mcv_runtime.text.prompts import Message
 from mcv_runtime.text.tokens import TextTokenizer
@@ -106,10 +107,16 @@ class Answerer:
         self.scheduler.submit(job)
         return Submitted(job, Ticket(self.scheduler, job), sliced)
 
-    def submit_or_refuse(self, messages: Messages, options: Options) -> Ticket:
-        """Like `submit` for one of many, but what is wrong with the request is raised by its ticket's `result`."""
+    def take(self, request: Request, *, own_time: bool = False) -> Ticket:
+        """The ticket of a request, which `submit` has taken."""
+        if not isinstance(request, Request):
+            raise OptionError(f"a request is a Request(...), not {type(request).__name__}")
+        return self.submit(request.conversation, request.options, own_time=own_time).ticket
+
+    def take_or_refuse(self, request: Request) -> Ticket:
+        """Like `take` for one of many, but what is wrong with the request is raised by its ticket's `result`."""
         try:
-            return self.submit(messages, options, own_time=True).ticket
+            return self.take(request, own_time=True)
         except Exception as error:
             return Ticket(self.scheduler, Job(pictures=(), patience=Patience(None, None), error=error, done=True))
 
@@ -171,7 +178,7 @@ class Answerer:
         return self._dropped(settings) | (frozenset() if ends_show else settings.stop_ids)
 
     def _dropped(self, settings: Settings) -> frozenset[int]:
-        """What the family removes from an answer; who asks for places sees their marks."""
+        """Ids that the family removes from an answer; who asks for places sees their marks."""
         dropped = frozenset(self._manifest.text.dropped_ids)
         return dropped - mark_ids(self._tokenizer) if settings.grounding else dropped
 

@@ -86,7 +86,7 @@ class PartialCompletion:
         return self._piece(piece)
 
     def completion(self, score: float | None = None) -> Completion:
-        """What it has become."""
+        """The finished completion."""
         assert self.reason is not None
         return Completion(
             text=self.text,

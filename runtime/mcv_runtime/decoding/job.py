@@ -44,7 +44,7 @@ class Job:
     stops: Sequence[int] = ()
     """Lengths of the prompt that later requests may come back to, its end the last."""
     lookup: PromptLookup | None = None
-    """What guesses its tokens, if something does: then its row is read by itself, several tokens at a time."""
+    """The guesser of its tokens, if there is one: then its row is read by itself, several tokens at a time."""
     chunk: int = 512
     """Most tokens of the prompt that are read at once."""
     own: Row | None = None
@@ -59,6 +59,8 @@ class Job:
     encoded: tuple[Picture, ...] | None = None
     keys: NDArray[np.int64] | None = None
     embeds: NDArray[np.float32] | None = None
+    crowded_out: bool = False
+    """There was no memory for it yet: nobody who came later begins to be read before it."""
     rows: list[Row] = field(default_factory=list)
     reused: int = 0
     deciding: Steps | None = None
@@ -113,7 +115,7 @@ class Job:
 
     def wake(self) -> None:
         """Tell those who wait that there may be something new."""
-        for waker in self.wakers:
+        for waker in tuple(self.wakers):  # who is woken may leave meanwhile
             waker()
 
     def note_token(self) -> None:

@@ -78,6 +78,7 @@ class Scheduler:
             for job in [*self._active, *self._waiting]:
                 self._fail(job, RunError("the engine was closed"))
             self._waiting.clear()
+            self.slots.close()
 
     @property
     def load(self) -> tuple[int, int, int]:
@@ -88,6 +89,16 @@ class Scheduler:
 
     def _turn(self) -> bool:
         """A token for every row, or one long thing; whether there was anything to do."""
+        start = time.perf_counter()
+        jobs = self._work()
+        seconds = time.perf_counter() - start
+        for other in self._active:
+            if other not in jobs:
+                other.patience.pause(seconds)
+        return bool(jobs)
+
+    def _work(self) -> Sequence[Job]:
+        """Those for whom it did something."""
         self._deliver()  # what an interrupt may have kept from being delivered
         self._sweep()
         self._activate()
@@ -95,14 +106,14 @@ class Scheduler:
         if running and not self._long_is_due and self._may_decode():
             self._long_is_due = True
             self._decode(running)
-            return True
+            return running
         self._long_is_due = False
         for job in self._candidates():
             if self._advance(job, beside=bool(running)):
-                return True
+                return [job]
         if running:
             self._decode(running)
-        return bool(running)
+        return running
 
     def _sweep(self) -> None:
         """End what was cancelled, given up or is late."""
@@ -255,16 +266,11 @@ class Scheduler:
 
     def _advance(self, job: Job, *, beside: bool) -> bool:
         """One long thing for a job; False if there is no memory for it yet, or another one makes the same picture."""
-        start = time.perf_counter()
         try:
             if not (self._look(job) if job.encoded is None else self._read(job, beside=beside)):
                 return False
         except Exception as error:
             self._fail(job, error)
-        seconds = time.perf_counter() - start
-        for other in self._active:
-            if other is not job:
-                other.patience.pause(seconds)
         self._oldest_is_due = not self._oldest_is_due
         job.wake()
         return True
@@ -309,6 +315,8 @@ class Scheduler:
             keys=job.keys[:, first:end],
             wanted=(-1,) if end == len(prompt.ids) else (),
         )
+        if end == len(prompt.ids):
+            job.got = logits  # at once, so that no interrupt can lose it
         if end == stop:
             self.slots.checkpoint(row)
         seconds = time.perf_counter() - start
@@ -319,17 +327,19 @@ class Scheduler:
         job.report("prompt", end, len(prompt.ids))
         if end == len(prompt.ids):
             job.embeds = job.keys = None
-            job.got = logits
             self._deliver()
         return True
 
     def _begin_reading(self, job: Job) -> bool:
         """Find or make the row; False if there is no memory for it yet."""
         assert job.prompt is not None and job.encoded is not None
+        if any(other.crowded_out for other in self._active[: self._active.index(job)]):
+            return False  # else there might never be room for the other one
         if job.keys is None:
             job.keys = prompt_keys(job.prompt, job.encoded)
             job.embeds = self.decoder.visual_tokens(job.encoded)
         row = self.slots.admit(job.keys, job.tokens, job.rows_needed, job.own)
+        job.crowded_out = row is None
         if row is None:
             return False
         job.rows, job.reused = [row], row.length
@@ -345,7 +355,7 @@ class Scheduler:
     # Ends
 
     def _end(self, job: Job, reason: StopReason) -> None:
-        """What there is of the answer is the answer."""
+        """End a job early: as much of the answer as there is becomes the answer."""
         if job.prompt is None:
             self._fail(job, RunError(f"encoding ended early: {reason}"))
             return

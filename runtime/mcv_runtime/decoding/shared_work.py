@@ -23,8 +23,7 @@ class SharedWork:
         """Held by who changes what others wait for; never while anything is computed."""
         self._turn, self._expected = turn, expected
         self._worker: int | None = None  # the thread that is at work
-        self._awaited: set[Job] = set()
-        self._awaited_by = False
+        self._awaited: dict[asyncio.AbstractEventLoop, set[Job]] = {}  # a thread of the loop's executor works for these
 
     def wait(self, ready: Callable[[], bool], give_up: Callable[[], bool] | None = None) -> None:
         """Return when `ready`, or when `give_up`; work on whatever there is until then, if nobody else does."""
@@ -60,31 +59,39 @@ class SharedWork:
             self._rest()
 
     def work_for(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
-        """See to it that a thread of the loop's executor works until the job is done; one for all that are awaited."""
+        """See to it that a thread of the loop's executor works until the job is done; one for all that the loop awaits."""
         with self.changed:
-            self._awaited.add(job)
-            if self._awaited_by:
+            if loop in self._awaited:
+                self._awaited[loop].add(job)
                 return
-            self._awaited_by = True
-        loop.run_in_executor(None, self._work_for_awaited)
+            self._awaited[loop] = {job}
+        try:
+            working = loop.run_in_executor(None, self._work_for_awaited, loop)
+        except BaseException:  # the executor was shut down
+            self._look_for_another(loop)
+            raise
+        working.add_done_callback(lambda ended: self._look_for_another(loop) if ended.cancelled() else None)
 
-    def _work_for_awaited(self) -> None:
+    def _work_for_awaited(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             while True:
                 with self.changed:
-                    self._awaited = {job for job in self._awaited if not job.done}
-                    if not self._awaited:
-                        self._awaited_by = False
+                    jobs = self._awaited[loop] = {job for job in self._awaited[loop] if not job.done}
+                    if not jobs:
+                        del self._awaited[loop]
                         return
-                    job = next(iter(self._awaited))
+                    job = next(iter(jobs))
                 self.wait(lambda job=job: job.done)  # type: ignore[misc]
         except BaseException:
-            with self.changed:
-                self._awaited_by = False
-                awaited, self._awaited = self._awaited, set()
-            for job in awaited:
-                job.wake()  # they look for another thread
+            self._look_for_another(loop)
             raise
+
+    def _look_for_another(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The thread that was to work is lost: who awaits asks for another one, and hears why there is none."""
+        with self.changed:
+            jobs = self._awaited.pop(loop, set())
+        for job in jobs:
+            job.wake()
 
     def _refuse_within(self) -> None:
         if self._worker == threading.get_ident():

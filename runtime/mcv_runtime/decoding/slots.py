@@ -62,17 +62,12 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows, with what the running ones have reserved."""
-        return sum(map(self.row_bytes, self.rows))
+        return self._bytes(self.rows)
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of rows that may be forgotten."""
-        return sum(self.row_bytes(row) for row in self.rows if row.kept)
-
-    def row_bytes(self, row: Row) -> int:
-        """What a row takes, or may come to take."""
-        checkpoints = len(row.checkpoints) * self._state_bytes
-        return self.need(max(row.touched, row.reserved)) + checkpoints + row.spare
+        return self._bytes([row for row in self.rows if row.kept])
 
     def need(self, tokens: int) -> int:
         """Bytes of a row of so many tokens."""
@@ -88,8 +83,8 @@ class Slots:
             best, shared = own, self.shared(own, keys)
         take = best is not None and best.kept and shared > 0 and self._may_take(best, shared, own)
         need = rows * self.need(tokens)
-        taken = max(self.need(best.touched) - self.need(tokens), 0) - self.row_bytes(best) if take and best is not None else 0
-        if not self._make_room(need + taken, best if shared else None):
+        there = self.need(min(tokens, best.touched)) if take and best is not None else 0
+        if not self._make_room(need - there, best if shared else None):
             best, shared, take = None, 0, False  # there is no room for it beside what it would begin with
             if not self._make_room(need):
                 return None
@@ -194,6 +189,13 @@ class Slots:
         if self._arena is not None:
             self._arena.unbind()
 
+    def close(self) -> None:
+        """Forget all rows, and let go of their memory and of the session that has run last."""
+        for row in self.rows:
+            row.slot = None
+        self.rows.clear()
+        self._arena = None
+
     def clear(self) -> None:
         """Forget all rows that nobody uses and no conversation goes on from."""
         for row in [row for row in self.rows if row.kept and not row.owners]:
@@ -254,10 +256,17 @@ class Slots:
         owners = len(row.owners)
         return owners <= 1 if row is own else not owners and shared == row.length
 
+    def _bytes(self, rows: Sequence[Row]) -> int:
+        """Bytes that rows take, or may come to take: states that several of them can go back to are there once."""
+        checkpoints = {id(states) for row in rows for states in tuple(row.checkpoints.values())}  # others may add one meanwhile
+        grown = sum(self.need(max(row.touched, row.reserved)) + row.spare for row in rows)
+        return grown + len(checkpoints) * self._state_bytes
+
     def _make_room(self, bytes_: int, spared: Row | None = None) -> bool:
+        if self._bytes([row for row in self.rows if not row.kept or row is spared]) + bytes_ > self.limit:
+            return False  # nothing is forgotten in vain
         while self.nbytes + bytes_ > self.limit:
-            if not self._evict(spared):
-                return False
+            self._evict(spared)
         return True
 
     def _evict(self, spared: Row | None) -> bool:

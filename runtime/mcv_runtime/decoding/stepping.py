@@ -19,15 +19,24 @@ if TYPE_CHECKING:
 def step(slots: Slots, decoder: Decoder, tokens: Mapping[Row, int]) -> dict[Row, NDArray[np.float32] | Exception]:
     """Logits [vocab] behind the next token of every row; where rows cannot run together, each fails by itself."""
     found: dict[Row, NDArray[np.float32] | Exception] = {}
-    for rows in slots.ranges(tokens) if tokens else ():
+    try:
         try:
-            found |= zip(rows, decoder.step(slots, rows, [tokens[row] for row in rows]), strict=True)
-        except Exception as error:
-            for row in rows:
-                try:
-                    found[row] = error if len(rows) == 1 else decoder.step(slots, [row], [tokens[row]])[0]
-                except Exception as own:
-                    found[row] = own
+            groups = slots.ranges(tokens) if tokens else []
+        except Exception:  # no memory to bring them side by side
+            groups = [[row] for row in tokens]
+        for rows in groups:
+            try:
+                found |= zip(rows, decoder.step(slots, rows, [tokens[row] for row in rows]), strict=True)
+            except Exception as error:
+                for row in rows:
+                    try:
+                        found[row] = error if len(rows) == 1 else decoder.step(slots, [row], [tokens[row]])[0]
+                    except Exception as own:
+                        found[row] = own
+    except BaseException:  # an interrupt, after which all is read again
+        for row in [row for row, one in found.items() if not isinstance(one, Exception)]:
+            slots.undo(row, 1)
+        raise
     return found
 
 
@@ -64,4 +73,4 @@ def arrange(slots: Slots, job: Job) -> None:
             arranged.append(row)
     for row in spare:
         slots.drop(row)
-    job.rows = arranged
+    job.rows, job.want = arranged, job.want._replace(parents=range(len(arranged)))  # an interrupt may lead here again

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Want(NamedTuple):
-    """What shall be read next: `tokens[i]` behind what the request's row `parents[i]` has read so far.
+    """The tokens to read next: `tokens[i]` behind what the request's row `parents[i]` has read so far.
 
     Every row is sent the logits that follow its last token, but a row with several tokens, which is then the only one, those of
     each. `vain` of its last tokens are forgotten before.

@@ -1,4 +1,4 @@
-"""What somebody who asked has in hand: the answer's text as it is made, and the answer."""
+"""Tickets, for those who asked: the answer's text as it is made, and the answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from mcv_runtime.decoding.job import Job
 from mcv_runtime.decoding.scheduler import Scheduler
 from mcv_runtime.errors import RunError
-from mcv_runtime.progress import Progress
 from mcv_runtime.request.answer import Answer
 
 
@@ -109,17 +108,18 @@ class Ticket(Iterator[str], AsyncIterator[str]):
     def _tell(self) -> None:
         """Call the request's `progress`, in the thread that waits for it; what it raises ends the request."""
         job = self._job
-        while job.events and job.progress is not None:
+        while True:
             try:
                 event = job.events.popleft()
-            except IndexError:  # another thread was faster
+            except IndexError:
                 return
-            progress: Progress = job.progress
+            progress = job.progress
+            if progress is None:  # it has raised; another thread may still have reported
+                continue
             try:
                 progress(event)
             except BaseException as error:
                 job.progress, job.raised, job.abandoned = None, error, True
-                job.events.clear()
                 raise
 
     def _outcome(self) -> Answer:

@@ -1,4 +1,4 @@
-"""What a request gives back: the answer and what it took."""
+"""Answers: their texts, and what it took to make them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Completion:
     top_logprobs: tuple[TopLogprobs, ...] | None = None
     """With top_logprobs: the likeliest tokens of each place."""
     score: float | None = None
-    """What beam search ranks by: the sum of the log-probabilities over a power of the length."""
+    """The rank in a beam search: the sum of the log-probabilities over a power of the length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import difflib
+import os
 import threading
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -18,6 +19,7 @@ _NAMES: dict[Any, str] = {
     float: "a number",
     bool: "True or False",
     str: "a text",
+    os.PathLike: "a path",
     threading.Event: "a threading.Event",
     collections.abc.Mapping: "a mapping",
     collections.abc.Callable: "something to call",
@@ -44,16 +46,20 @@ _ELSEWHERE = {
     "max_slices": "max_slice_nums",
     "max_frames": "max_num_frames",
 }
-"""What other programs call our options."""
+"""Names that other programs have for our options."""
 
 
 def check_types(options: Any) -> None:
     """Raise `OptionError` for fields of a dataclass whose values are of another type than declared."""
     kind: type = type(options)
     for name, hint in _hints(kind).items():
-        value = getattr(options, name)
-        if not _fits(value, hint):
-            raise OptionError(f"{name} must be {_named(hint)}, not {_shortened(value)}")
+        check_type(name, getattr(options, name), hint)
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise `OptionError` for a value of another type than declared."""
+    if not _fits(value, hint):
+        raise OptionError(f"{name} must be {_named(hint)}, not {_shortened(value)}")
 
 
 def check_names(given: Iterable[str], kind: type) -> None:

@@ -1,4 +1,4 @@
-"""What a request may change: every option once, with its type, its meaning and its flag of `mcv-run`."""
+"""Options of a request: every one once, with its type, its meaning and its flag of `mcv-run`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class PictureOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options(PictureOptions):
-    """What one request may change; what is left out (None) is as the bundle says. Without `temperature`, answers are greedy."""
+    """All options of a request; what is left out (None) is as the bundle says. Without `temperature`, answers are greedy."""
 
     use_image_id: bool | None = _option("Number the pictures in the prompt.", PICTURES)
     thinking: bool | None = _option("Let the model think first, if it knows how.", ASKING)
@@ -191,8 +191,8 @@ class Settings:
             raise OptionError("a stop string is empty; leave it out")
         if self.timeout is not None and not self.timeout > 0:
             raise OptionError(f"timeout must be above 0 seconds, not {self.timeout}")
-        if not math.isfinite(self.length_penalty):
-            raise OptionError(f"length_penalty must be a number, not {self.length_penalty}")
+        if not -30 <= self.length_penalty <= 30:  # beyond, its power of a length is no float
+            raise OptionError(f"length_penalty must be from -30 to 30, not {self.length_penalty}")
         if self.num_beams > 1 and self.sampled:
             raise OptionError("num_beams and temperature exclude each other; leave one out")
         for name in ("presence_penalty", "frequency_penalty", "logit_bias"):

@@ -237,6 +237,9 @@ def shown(messages: Sequence[Message[Part]]) -> list[SlicedPicture | Picture]:
 
 def question(images: PictureSource | Sequence[PictureSource] | None, prompt: str, system: str | None = None) -> Messages:
     """The messages of one question: pictures first, then the text."""
+    for text in (prompt, *([] if system is None else [system])):
+        if not isinstance(text, str):
+            raise PromptError(f"the prompt, or a system prompt, is a text, not {type(text).__name__}")
     if images is None:
         images = []
     several = images if isinstance(images, list | tuple) else [images]
