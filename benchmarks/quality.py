@@ -15,11 +15,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 sys.path.insert(0, str(TINY))
 
-from outliers import add_outliers  # noqa: E402
+from outliers import Kind, add_outliers  # noqa: E402
 from questions import Example  # noqa: E402 - models/tiny is a folder of scripts, not a package
 from scenes import held_out  # noqa: E402
 
@@ -69,6 +70,10 @@ RECIPES: dict[str, Wishes] = {
     "outliers: q8": Wishes(precision="q8"),
     "outliers: q4": Wishes(precision="q4"),
     "outliers: int8-static + q4 gptq": Wishes(precision="q4", graphs=STATIC, method="gptq"),
+    "all outliers: fp32": Wishes(precision="fp32"),
+    "all outliers: default": Wishes(),
+    "all outliers: int8-dynamic": Wishes(graphs=DYNAMIC),
+    "all outliers: q8": Wishes(precision="q8"),
 }
 SAMPLES, SAMPLE_SEED = 48, 1000
 
@@ -90,10 +95,13 @@ def write_samples(folder: Path) -> SampleOptions:
 def build_recipes(names: Sequence[str], folder: Path) -> dict[str, Path]:
     """A bundle of each recipe, by its name, of the model that it is about."""
     samples = write_samples(folder / "samples")
-    enlarged = add_outliers(TINY / "checkpoint", folder / "outliers")
+    checkpoints = {
+        "outliers": add_outliers(TINY / "checkpoint", folder / "outliers"),
+        "all outliers": add_outliers(TINY / "checkpoint", folder / "all-outliers", kinds=get_args(Kind)),
+    }
     bundles = {}
     for number, name in enumerate(names):
-        checkpoint = enlarged if name.startswith("outliers") else TINY / "checkpoint"
+        checkpoint = checkpoints.get(name.partition(":")[0], TINY / "checkpoint")
         options = BuildOptions(recipe=RECIPES[name].recipe(), samples=samples)
         bundles[name] = build(checkpoint, folder / f"bundle-{number}", options).folder
     return bundles

@@ -36,7 +36,7 @@ from mcv_runtime.pictures.picture import slice_picture
 from mcv_runtime.sessions.graphs import Session, cpu_session, session_options
 from mcv_runtime.vision.tower import Tower
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "q8", "int8-dynamic", "int8-static")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "q8", "int8-dynamic", "int8-static", "int8-token")
 
 
 def gops(run: Callable[[], object], operations: float, seconds: float = 2.0) -> float:

@@ -21,6 +21,7 @@ EXAMPLES = 1000
 
 RECIPES = ("fp32", "int8-static vision", "q8", "q4 gptq", "int8-static + q4 gptq")
 OUTLIERS = ("outliers: int8-static", "outliers: q8", "outliers: int8-static + q4 gptq")
+EVERYWHERE = ("all outliers: default", "all outliers: int8-dynamic", "all outliers: q8")
 COLLAPSES = ("outliers: naive int8-static", "outliers: naive q8")
 
 
@@ -34,7 +35,7 @@ def exact_match(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     finally:
         del sys.path[:2]
     examples = list(held_out(EXAMPLES))
-    bundles = build_recipes([*RECIPES, *OUTLIERS, *COLLAPSES], tmp_path_factory.mktemp("recipes"))
+    bundles = build_recipes([*RECIPES, *OUTLIERS, *EVERYWHERE, *COLLAPSES], tmp_path_factory.mktemp("recipes"))
     # what collapses need not be asked for long
     counts = {name: 100 if name in COLLAPSES else EXAMPLES for name in bundles}
     return {name: exact_match(load(bundle), examples[: counts[name]])["all"] for name, bundle in bundles.items()}
@@ -59,6 +60,12 @@ def test_quantization_costs_little(exact_match: dict[str, float], recipe: str, p
 @pytest.mark.parametrize("recipe", OUTLIERS)
 def test_outlier_channels_cost_nothing(exact_match: dict[str, float], recipe: str) -> None:
     """The same function with channels up to 256 times larger: ranges and blocks alone cannot hold them, smoothing does."""
+    assert exact_match[recipe] >= exact_match["fp32"] - 2
+
+
+@pytest.mark.parametrize("recipe", EVERYWHERE)
+def test_outliers_between_linears_cost_nothing(exact_match: dict[str, float], recipe: str) -> None:
+    """Where no norm is before a layer: values of attention, also shared by heads, the MLP's channels, and across graphs."""
     assert exact_match[recipe] >= exact_match["fp32"] - 2
 
 

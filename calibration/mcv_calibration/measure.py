@@ -94,7 +94,9 @@ def measure(
         raise OptionError(f"no sample reaches {missing[0]}: calibrate with samples that use it, or keep it in float")
     factors = {}
     for one in wanted:
-        found = smoothing_factors(seen[one.name].channels, one.layers, weight, alpha=recipe.smoothing, folded=one.folded)
+        found = smoothing_factors(
+            seen[one.name].channels, one.layers, weight, alpha=recipe.smoothing, folded=one.folded, shared=one.channels
+        )
         if found is not None:
             factors[one.name] = found
     if recipe.ranges == "minmax":

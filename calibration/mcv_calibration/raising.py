@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from mcv_calibration.accuracy import Accuracy
 from mcv_calibration.gate import Gate
-from mcv_calibration.recipe import GraphRecipe, Precision, Recipe
+from mcv_calibration.recipe import INT8, GraphRecipe, Precision, Recipe
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.errors import GateError
 
-HIGHER: Mapping[Precision, Precision] = {"q4": "q8", "q8": "fp32", "int8-static": "q8", "int8-dynamic": "q8"}
+HIGHER: Mapping[Precision, Precision] = {"q4": "q8", "q8": "fp32", **dict.fromkeys(INT8, "q8")}
 """The next precision up; fp32 has none."""
 FIRST_PART = 4
 """One block in so many is raised first; the number doubles from there."""

@@ -11,8 +11,10 @@ from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.errors import OptionError
 from mcv_runtime.files import parse_json
 
-Precision = Literal["fp32", "q8", "q4", "int8-static", "int8-dynamic"]
+Precision = Literal["fp32", "q8", "q4", "int8-static", "int8-dynamic", "int8-token"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+INT8: frozenset[Precision] = frozenset(("int8-static", "int8-dynamic", "int8-token"))
+"""Those that multiply 8-bit integers."""
 Method = Literal["rtn", "k-quant", "hqq", "gptq"]
 Ranges = Literal["minmax", "percentile", "entropy", "mse"]
 
@@ -63,7 +65,7 @@ class GraphRecipe:
     @property
     def in_int8(self) -> bool:
         """Whether layers compute in 8-bit integers."""
-        return bool(self.precisions & {"int8-static", "int8-dynamic"})
+        return bool(self.precisions & INT8)
 
     @property
     def needs_samples(self) -> bool:

@@ -31,17 +31,20 @@ QUESTIONS = (
     "图中最重要的信息是什么？",
 )
 """Asked in turn where no prompts are given."""
+BESIDE = 8
+"""Of the drawn ones, beside a user's: of most kinds, light and dark."""
 FLAT = 2
 """Largest difference of levels (of 255) in a picture that shows nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """Pictures and a question about them; `answer` is the right one, where it is known."""
+    """Pictures and a question about them; `answer` is the right one, if known. `overview`: pictures without finer detail."""
 
     images: tuple[ImageSource, ...]
     prompt: str
     answer: str | None = None
+    overview: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +75,7 @@ def builtin_samples(count: int = 32, seed: int = 0) -> SampleSet:
     """A set drawn by this package: photo-like scenes, textures, pages, charts, tables; the same for the same seed."""
     _check(count)
     samples = tuple(
-        Sample((draw(number, seed),), QUESTIONS[(number + number // len(QUESTIONS)) % len(QUESTIONS)])
+        Sample((draw(number, seed),), QUESTIONS[(number + number // len(QUESTIONS)) % len(QUESTIONS)], overview=True)
         for number in range(count)
     )
     return SampleSet(samples, (), "the built-in pictures")
@@ -114,6 +117,12 @@ def folder_samples(folder: Path, prompts: Path | None = None, count: int = 32) -
     if not shows:
         raise ImageError(f"the pictures of {folder} are each one flat colour, from which no ranges can be told; add real ones")
     return SampleSet(tuple(samples), tuple(skipped), str(folder))
+
+
+def with_drawn(samples: SampleSet) -> SampleSet:
+    """A user's samples, and some of those drawn here: ranges of pictures all alike, dark ones say, would hold for no others."""
+    drawn = builtin_samples(BESIDE)
+    return SampleSet((*samples.samples, *drawn.samples), samples.skipped, f"{samples.source} and {drawn.source}")
 
 
 def _check(count: int) -> None:

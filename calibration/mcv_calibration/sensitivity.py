@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from mcv_calibration.distances import DistributionErrors, TensorErrors
-from mcv_graphs.layers import Embedding, Folds, Linear
+from mcv_graphs.folds import folds
+from mcv_graphs.layers import Embedding, Linear
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.sessions.graphs import Session
 
@@ -56,17 +57,19 @@ class BlockError:
 def blocks(module: nn.Module) -> list[Block]:
     """Every layer of the stack, and what else has weights, in the module's order.
 
-    Linears that read a norm of their own go with it, because smoothing may have moved a factor from one to the other.
+    Linears that alone read a norm or a linear go with it, because smoothing may have moved a factor from one to the other.
     """
     found: list[Block] = []
-    grouped = {layer: (norm, layers) for norm, layers in cast(Folds, getattr(module, "FOLDS", ())) for layer in layers}
+    own = [fold for fold in folds(module) if fold.free and "." not in fold.maker]
+    grouped = {path: (fold.maker, *fold.readers) for fold in own for path in (fold.maker, *fold.readers)}
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
             found += [Block((f"{name}.{index}",), (f"{name}.{index}",)) for index in range(len(child))]
         elif name in grouped:
-            norm, layers = grouped[name]
+            members = grouped[name]
+            layers = tuple(path for path in members if isinstance(module.get_submodule(path), Linear))
             if name == layers[0]:
-                found.append(Block(layers, (norm, *layers)))
+                found.append(Block(layers, members))
         elif any(isinstance(layer, Linear | Embedding) for layer in child.modules()):
             found.append(Block((name,), (name,)))
     return found

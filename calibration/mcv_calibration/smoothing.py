@@ -25,12 +25,18 @@ _LEVELS_X, _LEVELS_W = 255, 127
 
 
 def smoothing_factors(
-    channels: Channels, layers: Sequence[str], weight: WeightRows, *, alpha: float, folded: bool
+    channels: Channels,
+    layers: Sequence[str],
+    weight: WeightRows,
+    *,
+    alpha: float,
+    folded: bool,
+    shared: Sequence[int] | None = None,
 ) -> NDArray[np.float32] | None:
     """Factors s [K] of the input that `layers` share, their median 1; None where they would gain too little.
 
     `alpha` is how much of the difference between channels moves into the weight, 0 to 1. `folded`: the factors disappear
-    in the weight of the norm before.
+    in the weight of what is before. `shared`: columns that have the same number have one factor.
     """
     if not 0 <= alpha <= 1:
         raise OptionError(f"smoothing={alpha}: give a number from 0 (off) to 1")
@@ -39,27 +45,33 @@ def smoothing_factors(
     columns_K, energy_K, rows_now = _columns(layers, weight)
     reach_K = channels.reach.astype(np.float64)
     factors_K = _balanced(reach_K, columns_K, alpha)
+    if shared is not None:
+        _, number_K = np.unique(shared, return_inverse=True)
+        factors_K = np.exp(np.bincount(number_K, np.log(factors_K)) / np.bincount(number_K))[number_K].astype(np.float32)
     before = _noise(channels, energy_K, rows_now)
     rows_then = sum(float(np.sum(np.abs(rows * factors_K).max(axis=1) ** 2)) for path in layers for rows in weight(path))
     after = _noise(channels.divided(factors_K), energy_K * factors_K.astype(np.float64) ** 2, rows_then)
     return factors_K if after < before * (FREE_GAIN if folded else PAID_GAIN) else None
 
 
-def factors_behind_norm(
-    gain_K: NDArray[np.float32],
-    bias_K: NDArray[np.float32] | None,
-    layers: Sequence[str],
-    weight: WeightRows,
+def unseen_factors(
+    typical_K: NDArray[np.float64],
+    energy_K: NDArray[np.float64],
     *,
     alpha: float,
+    shared: Sequence[int] | None = None,
 ) -> NDArray[np.float32]:
-    """Factors s [K] of the input that `layers` share, unseen: a norm gives channels of a mean square of about gain^2 + bias^2.
+    """Factors s [K] of an input that nobody saw: what its maker's weights say that each channel's root mean square is.
 
-    For layers in blocks too: rounding costs each weight of a block the same step, however small that weight is. A column counts
-    by its root mean square: by its largest weight, as above, most recipes of q4 and q8 diverged more (models/tiny).
+    `energy_K` is that of the weights' columns, which rounding, whose steps whole blocks share, would else lose in small ones. A
+    column counts by its root mean square: by its largest weight, as above, most recipes of q4 and q8 diverged more
+    (models/tiny). `shared` as above.
     """
-    typical_K = np.hypot(gain_K, 0 if bias_K is None else bias_K).astype(np.float64)
-    return _balanced(typical_K, np.sqrt(_columns(layers, weight)[1]), alpha)
+    if shared is None:
+        return _balanced(typical_K, np.sqrt(energy_K), alpha)
+    _, number_K = np.unique(shared, return_inverse=True)
+    typical, energy = (np.bincount(number_K, values) for values in (typical_K**2, energy_K))
+    return _balanced(np.sqrt(typical), np.sqrt(energy), alpha)[number_K]
 
 
 def _balanced(reach_K: NDArray[np.float64], columns_K: NDArray[np.float64], alpha: float) -> NDArray[np.float32]:

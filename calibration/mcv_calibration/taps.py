@@ -61,8 +61,9 @@ def find_taps(model: onnx.ModelProto) -> dict[str, Tap]:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    makers = {name: node for node in nodes for name in node.output}
     layers = {path: node for node in nodes if (path := _layer(node)) and node.input[_WEIGHT_INPUT[node.op_type]] in shapes}
-    ends = {path: _end(node, path, readers) for path, node in layers.items()}
+    ends = {path: _end(node, path, readers, makers) for path, node in layers.items()}
     made = {tensor: path for path, tensor in ends.items()}
     sources: dict[str, frozenset[str]] = {}
     before: dict[str, frozenset[str]] = {}
@@ -74,7 +75,7 @@ def find_taps(model: onnx.ModelProto) -> dict[str, Tap]:
                 before[path] = found
             sources[name] = found if path is None else frozenset([path])
     return {
-        path: Tap(path, ends[path], _precision(node), _width(node, shapes), tuple(sorted(before[path] - {path})))
+        path: Tap(path, ends[path], _precision(node, makers), _width(node, shapes), tuple(sorted(before[path] - {path})))
         for path, node in layers.items()
     }
 
@@ -89,17 +90,28 @@ def _layer(node: onnx.NodeProto) -> str | None:
     return _HEAD if node.op_type == "Gemm" else path  # the table of the embedding, read as the head's weight
 
 
-def _end(node: onnx.NodeProto, path: str, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> str:
+def _end(
+    node: onnx.NodeProto, path: str, readers: Mapping[str, Sequence[onnx.NodeProto]], makers: Mapping[str, onnx.NodeProto]
+) -> str:
     """The name of the layer's result: that of the sum with its bias, if a node of its own adds that."""
     output = str(node.output[0])
+    if _peaks(node, makers):
+        output = str(readers[output][0].output[0])
     following = readers.get(output, ())
     adds_bias = len(following) == 1 and following[0].op_type == "Add" and f"{path}.bias" in following[0].input
     return str(following[0].output[0]) if adds_bias else output
 
 
-def _precision(node: onnx.NodeProto) -> str:
+def _peaks(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> str | None:
+    """What each row of a product of 8-bit integers was divided by before, and is multiplied by after it."""
+    quantize = makers.get(node.input[0]) if node.op_type == "MatMulIntegerToFloat" else None
+    divide = makers.get(quantize.input[0]) if quantize is not None else None
+    return str(divide.input[1]) if divide is not None and divide.op_type == "Div" else None
+
+
+def _precision(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> str:
     if node.op_type == "MatMulIntegerToFloat":
-        return "int8-static"
+        return "int8-token" if _peaks(node, makers) else "int8-static"
     if node.op_type == "DynamicQuantizeMatMul":
         return "int8-dynamic"
     bits = _attribute(node, "bits", 32)

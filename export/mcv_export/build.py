@@ -40,7 +40,7 @@ _COMPUTED = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """What to build. `precision` is for all three graphs, or for each by name; graphs not named get the default.
+    """What to build. `precision` is as in `Wishes`, or of each graph by name; graphs not named get the default.
 
     `recipe` says it in full, in the place of `precision` and `block_size`.
     """

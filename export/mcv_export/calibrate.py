@@ -20,17 +20,17 @@ from mcv_calibration.measure import measure
 from mcv_calibration.measured import NOTHING, Measured
 from mcv_calibration.moments import mean_squares
 from mcv_calibration.recipe import GraphRecipe, Recipe
-from mcv_calibration.samples import Sample, SampleSet, builtin_samples, folder_samples
+from mcv_calibration.samples import Sample, SampleSet, builtin_samples, folder_samples, with_drawn
 from mcv_calibration.store import Store, content_hash, fingerprint, make_room, mark_used
 from mcv_calibration.target import Target
 from mcv_calibration.walk import AnyDecoder, start
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.eager import eager_module
-from mcv_export.norm_smoothing import smoothed_by_norms
 from mcv_export.oracle import TorchSession, oracle_engine, prompt_feed
 from mcv_export.plan import GraphPlan, ModelPlan
 from mcv_export.sources import Source, resolve
 from mcv_export.storage import Storage, feed_forward
+from mcv_export.unseen_smoothing import smoothed_unseen
 from mcv_graphs.formats import WeightFormat
 from mcv_graphs.layers import Linear
 from mcv_runtime.bundle.checked import cache_folder, code_version
@@ -69,6 +69,10 @@ class SampleOptions:
             raise OptionError(f"{self.prompts} are questions about pictures; give their folder too, with --calibration")
         return builtin_samples(16 if self.count is None else self.count)
 
+    def calibrating(self) -> SampleSet:
+        """The samples that ranges are taken from: `samples`, and beside a user's some drawn here."""
+        return self.samples() if self.folder is None else with_drawn(self.samples())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
@@ -90,11 +94,11 @@ def calibrate(
             continue
         graph_recipe = recipe.graphs[graph.name]
         if graph_recipe.needs_samples:
-            samples = options.samples() if samples is None else samples
+            samples = options.calibrating() if samples is None else samples
             bench = _Bench(plan, graph, checkpoint, reference, samples, options, progress)
             found[graph.name] = bench.measured(graph_recipe, recipe.target)
         else:
-            found[graph.name] = smoothed_by_norms(graph, checkpoint, graph_recipe, recipe.target, NOTHING)
+            found[graph.name] = smoothed_unseen(graph, checkpoint, graph_recipe, recipe.target, NOTHING)
     return Calibration(graphs=found, samples=samples)
 
 
@@ -117,7 +121,7 @@ class _Bench:
             found = Measured(kept=self._kept(recipe.prune_ffn))
         if "int8-static" in recipe.precisions:
             found = self._ranges(recipe, found)
-        found = smoothed_by_norms(self.graph, self.checkpoint, recipe, target, found)
+        found = smoothed_unseen(self.graph, self.checkpoint, recipe, target, found)
         if recipe.method == "gptq" and recipe.in_blocks and self.graph.io.cache:
             found = self._blocks(recipe, target, found)
         return found
@@ -212,12 +216,11 @@ class _Bench:
         downsample = self.plan.image.downsample
         # a tower is shown pictures in every mode that it serves, what comes behind it in the default one
         modes: list[str | None] = [mode for mode, spec in downsample.items() if spec.graph in modules]
-        slices = 1 if self.options.folder is None else None
 
         def encode(sample: Sample) -> None:
             for image in sample.images:
                 for mode in modes or [None]:
-                    engine.encode_image(image, downsample_mode=mode, max_slice_nums=slices)
+                    engine.encode_image(image, downsample_mode=mode, max_slice_nums=1 if sample.overview else None)
 
         return encode
 

@@ -75,7 +75,8 @@ def build_command(
         Precision | None,
         typer.Option(
             help="Of all graphs: float, weights in 8- or 4-bit blocks, or 8-bit integers throughout, their ranges measured "
-            "beforehand (static) or in each call (dynamic). Default: decoder q4, vision and resampler int8-static.",
+            "beforehand (static), or in each call for all of it (dynamic) or each patch and token (token); q4 is the decoder's "
+            "alone. Default: decoder q4, vision and resampler int8-token.",
             show_default=False,
         ),
     ] = None,

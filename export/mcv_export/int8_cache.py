@@ -1,13 +1,15 @@
 """A second decoder graph whose keys and values are kept in 8 bits: a quarter of the memory, and less to read at every step.
 
 It is the first one's graph and reads the same weights; only the type of the cache differs, and each attention gets the scales
-of its keys and values. They come from samples that were read by the first graph itself.
+of its keys and values. They come from samples that were read by the first graph itself. Samples are short, contexts are not:
+later positions turn the same pairs of a key's channels further, and keep their length, which is what is measured of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -23,38 +25,72 @@ from mcv_runtime.engine import load
 from mcv_runtime.errors import CheckpointError, McvError
 from mcv_runtime.sessions.graphs import cpu_session, session_options
 
+Cache: TypeAlias = "Mapping[str, NDArray[np.float32]]"
+"""Keys and values of one sample by their input of the decoder: [kv_heads, tokens, head_dim]."""
 _ATTENTION = "GroupQueryAttention"
 _K_SCALE, _V_SCALE = 12, 13
 """Places among the operator's inputs (onnxruntime's ContribOperators.md)."""
 _PAST = (3, 4)
-_HEADROOM = 1.1
+_KEY, _COS = 1, 7
+HEADROOM = 1.1
 """Of the largest value that was seen: later ones may be larger, and a tenth of 127 levels costs little."""
 
 
 def add_int8_cache(folder: Path, samples: Sequence[Sample], progress: Progress) -> Path:
     """Write the graph into the bundle `folder`, which does not name it yet; returns its path."""
     bundle = Bundle.open(folder)
-    peaks = cache_peaks(bundle, samples, progress)
     decoder = bundle.graph("decoder_with_past")
     model = ir.load(decoder)
-    for node in model.graph:
-        if node.op_type == _ATTENTION:
-            _keep_in_int8(model, node, peaks)
+    attentions = [node for node in model.graph if node.op_type == _ATTENTION]
+    peaks = cache_peaks(read_samples(bundle, samples, progress), rotated_channels(attentions))
+    for node in attentions:
+        _keep_in_int8(model, node, peaks)
     path = decoder.with_name(decoder.name.replace("decoder_with_past", "decoder_with_past_kv8"))
     ir.save(model, path)
     return path
 
 
-def cache_peaks(bundle: Bundle, samples: Sequence[Sample], progress: Progress) -> dict[str, NDArray[np.float32]]:
-    """The largest magnitude of each channel of each key and value over the samples, by input: [kv_heads, head_dim].
+def cache_peaks(caches: Iterable[Cache], rotated: Mapping[str, int]) -> dict[str, NDArray[np.float32]]:
+    """The largest magnitude that each channel of each key and value can have, by input: [kv_heads, head_dim].
 
-    Of a picture only the overview is shown. Samples that cannot be read are left out; raises `CheckpointError` if none can.
+    `rotated`: so many of a key's first channels are turned by its position. Raises `CheckpointError` for no caches.
     """
+    peaks: dict[str, NDArray[np.float32]] = {}
+    for cache in caches:
+        for name, values in cache.items():
+            peaks[name] = np.maximum(peaks.get(name, 0), reach(values, rotated.get(name, 0)).max(axis=1))
+    if not peaks:
+        raise CheckpointError("no sample could be read to find the range of keys and values; give others with --calibration")
+    return peaks
+
+
+def reach(values_HTD: NDArray[np.float32], rotated: int) -> NDArray[np.float32]:
+    """What each value may become at other positions: its pair's length, (j, j + R) in the first 2 R = `rotated` channels."""
+    low, high, rest = np.split(values_HTD, (rotated // 2, rotated), axis=-1)
+    length = np.hypot(low, high)
+    return np.concatenate((length, length, np.abs(rest)), axis=-1)
+
+
+def rotated_channels(attentions: Iterable[ir.Node]) -> dict[str, int]:
+    """How many channels of a head rotary positions turn, by the name of the keys' cache: in the operator, or before it."""
+    rotated = {}
+    for node in attentions:
+        past, key, cos = node.inputs[_PAST[0]], node.inputs[_KEY], node.inputs[_COS] if len(node.inputs) > _COS else None
+        assert past is not None and past.name is not None
+        if node.attributes.get_int("do_rotary", 0):
+            assert cos is not None and cos.shape is not None
+            rotated[past.name] = 2 * cos.shape.numpy()[1]
+        elif key is not None and (before := key.producer()) is not None and before.op_type == "RotaryEmbedding":
+            rotated[past.name] = before.attributes.get_int("rotary_embedding_dim", 0)
+    return rotated
+
+
+def read_samples(bundle: Bundle, samples: Sequence[Sample], progress: Progress = lambda *_: None) -> Iterator[Cache]:
+    """What the decoder keeps of each sample, of a picture's overview alone. Samples that cannot be read are left out."""
     engine = load(bundle.folder, reuse=False)
     session = cpu_session(bundle.graph("decoder_with_past"), session_options())
-    decoder, entries = Decoder(lambda name: session, bundle.manifest), [entry for entry in bundle.manifest.cache if entry.grows]
+    decoder, names = Decoder(lambda name: session, bundle.manifest), [e.input for e in bundle.manifest.cache if e.grows]
     slots = decoder.new_slots()
-    peaks: dict[str, NDArray[np.float32]] = {}
     for number, sample in enumerate(samples):
         progress("decoder_with_past_kv8", number, len(samples))
         try:
@@ -66,13 +102,9 @@ def cache_peaks(bundle: Bundle, samples: Sequence[Sample], progress: Progress) -
         embeds = decoder.visual_tokens(pictures)
         decoder.read(slots, row, prompt.ids, embeds, prompt.visual_positions, keys=prompt_keys(prompt))
         tensors = dict(slots.export(row))
-        for entry in entries:
-            peaks[entry.input] = np.maximum(peaks.get(entry.input, 0), np.abs(tensors[entry.input]).max(axis=1))
+        yield {name: tensors[name] for name in names}
         slots.drop(row)
     progress("decoder_with_past_kv8", len(samples), len(samples))
-    if not peaks:
-        raise CheckpointError("no sample could be read to find the range of keys and values; give others with --calibration")
-    return peaks
 
 
 def int8_cache_spec(spec: GraphSpec, file: str, cache: Sequence[CacheEntry]) -> GraphSpec:
@@ -92,7 +124,7 @@ def _keep_in_int8(model: ir.Model, node: ir.Node, peaks: Mapping[str, NDArray[np
         past = node.inputs[place]
         assert past is not None and past.name is not None
         past.dtype = ir.DataType.INT8
-        scales = np.maximum(peaks[past.name] * (_HEADROOM / 127), np.finfo(np.float32).tiny)[None, :, None]
+        scales = np.maximum(peaks[past.name] * (HEADROOM / 127), np.finfo(np.float32).tiny)[None, :, None]
         value = ir.Value(
             name=f"{past.name}.scale",
             type=ir.TensorType(ir.DataType.FLOAT),

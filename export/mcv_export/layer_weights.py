@@ -34,15 +34,18 @@ def quantized_chunks(layer: Linear | Embedding, path: str, source: Source, stora
 
 
 def constants(layer: Linear | Embedding, path: str, storage: Storage) -> dict[str, NDArray[Any]]:
-    """What an int8 layer has beside its weight."""
+    """What a layer has beside its weight."""
     kind = layer.format
     found: dict[str, NDArray[Any]] = {}
-    if isinstance(kind, Int8Format) and kind.activations == "static":
+    if isinstance(kind, Int8Format) and kind.activations == "token":
+        middle = np.array(0, np.int8) if kind.signed else np.array(128, np.uint8)
+        found = {"input_scale": np.array(1 / 127, np.float32), "input_zero_point": middle}
+    elif isinstance(kind, Int8Format) and kind.activations == "static":
         if path not in storage.measured.ranges:
-            raise OptionError(f"no sample has reached {path}, so the range of its input is unknown; use int8-dynamic for it")
+            raise OptionError(f"no sample has reached {path}, so the range of its input is unknown; use int8-token for it")
         scale, zero = storage.measured.ranges[path].steps(signed=kind.signed)
         found = {"input_scale": np.array(scale), "input_zero_point": np.array(zero, np.int8 if kind.signed else np.uint8)}
-    if isinstance(kind, Int8Format) and kind.smoothed:
+    if kind.smoothed:
         found["input_factors"] = 1 / storage.measured.smoothing[path]
     return found
 

@@ -62,6 +62,8 @@ class GraphPlan:
     """Checkpoint tensors that `computed` reads."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """A layer whose weight is another layer's, and that other layer: stored once where both have the same format."""
+    input_norms: Mapping[str, str] = field(default_factory=dict)
+    """A linear that reads another graph's result as it is, and the checkpoint's name of the norm that made it."""
     shares: GraphName | None = None
     """An earlier graph that has all of this one's weights: this one reads them from that one's file."""
 

@@ -14,8 +14,9 @@ from torch import nn
 from mcv_calibration.measured import Measured
 from mcv_export.checkpoint import Checkpoint, CheckpointTensor, require_floats
 from mcv_export.plan import GraphPlan, Part, Transform
-from mcv_export.storage import IN_FLOAT, Storage, common_factors, feed_forward, folds
+from mcv_export.storage import IN_FLOAT, Storage, common_factors, feed_forward
 from mcv_export.tensor_files import matrix_shape
+from mcv_graphs.folds import Fold, folds
 from mcv_graphs.layers import Embedding, Linear
 from mcv_runtime.errors import CheckpointError, OptionError
 
@@ -120,7 +121,7 @@ def resolve(plan: GraphPlan, checkpoint: Checkpoint, storage: Storage = IN_FLOAT
 
 
 def _adjusted(sources: dict[str, Source], module: nn.Module, measured: Measured) -> dict[str, Source]:
-    """The sources without the channels that are left out, and smoothed: a norm gives less, what reads it takes more."""
+    """The sources without the channels that are left out, and smoothed: a channel's maker gives less, its reader takes more."""
     for path, channels in measured.kept.items():
         inner, outer = feed_forward(module, path)
         weight = sources[f"{outer}.weight"]
@@ -132,19 +133,31 @@ def _adjusted(sources: dict[str, Source], module: nn.Module, measured: Measured)
                 one = sources[name]
                 sources[name] = replace(one, shape=(len(channels), one.shape[1]), kept_rows=channels)
     smoothed = dict(measured.smoothing)
-    for norm, layers in folds(module):
-        factors = common_factors(measured, layers)
+    for fold in folds(module):
+        factors = common_factors(measured, fold.readers) if fold.free else None
         if factors is not None:
-            for name in (f"{norm}.weight", f"{norm}.bias"):
+            for name in (f"{fold.maker}.weight", f"{fold.maker}.bias", fold.maker):
                 if name in sources:
-                    sources[name] = replace(sources[name], row_factors=np.reciprocal(factors))
-            smoothed |= dict.fromkeys(layers, factors)
+                    sources[name] = _divided(sources[name], fold, factors)
+            smoothed |= dict.fromkeys(fold.readers, factors)
     for path, factors in smoothed.items():
         weight = sources[f"{path}.weight"]
         if len(factors) != weight.shape[1]:
             raise OptionError(f"the smoothing of {path} is for {len(factors)} channels, it has {weight.shape[1]}")
         sources[f"{path}.weight"] = replace(weight, column_factors=factors)
     return sources
+
+
+def _divided(maker: Source, fold: Fold, factors: NDArray[np.float32]) -> Source:
+    """What makes the channels that are smoothed, giving less of each."""
+    channels = np.arange(len(factors)) if fold.channels is None else np.array(fold.channels)
+    if len(channels) != len(factors) or channels.max() >= maker.shape[0]:
+        raise OptionError(f"the smoothing of {fold.readers[0]} is for {len(factors)} channels, which {fold.maker} has not")
+    inverse = np.ones(maker.shape[0], np.float32)
+    inverse[channels] = np.reciprocal(factors)
+    if not np.array_equal(inverse[channels], np.reciprocal(factors)):
+        raise OptionError(f"the smoothing of {fold.readers[0]} differs where it reads the same channel of {fold.maker}")
+    return replace(maker, row_factors=inverse if maker.row_factors is None else maker.row_factors * inverse)
 
 
 def _parameter_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
@@ -12,8 +12,9 @@ from torch import nn
 
 from mcv_calibration.measured import NOTHING, Measured
 from mcv_calibration.recipe import Method
-from mcv_graphs.formats import Int8Format, LayerFormat
-from mcv_graphs.layers import Embedding, FeedForward, Folds, Linear, set_formats
+from mcv_graphs.folds import folds
+from mcv_graphs.formats import LayerFormat
+from mcv_graphs.layers import Embedding, FeedForward, Linear, set_formats
 from mcv_runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -38,15 +39,15 @@ class Storage:
             for layer in inner:
                 cast(Linear, module.get_submodule(layer)).resize(out_features=len(channels))
             cast(Linear, module.get_submodule(outer)).resize(in_features=len(channels))
-        folded = {layer for _, layers in folds(module) for layer in layers}
+        folded = {layer for fold in folds(module) if fold.free for layer in fold.readers}
         set_formats(module, {path: self._smoothed(path, kind, path in folded) for path, kind in self.formats.items()})
         return module.requires_grad_(False)
 
     def _smoothed(self, path: str, kind: LayerFormat, folded: bool) -> LayerFormat:
         if folded or path not in self.measured.smoothing:
             return kind
-        if not isinstance(kind, Int8Format):
-            raise OptionError(f"{path} is not in int8, and no norm comes before it: it cannot be smoothed")
+        if not kind.quantized:
+            raise OptionError(f"{path} is in float, and nothing before it takes factors: it cannot be smoothed")
         return replace(kind, smoothed=True)
 
     def twins(self, plan: GraphPlan, module: nn.Module) -> dict[str, str]:
@@ -73,20 +74,13 @@ def feed_forward(module: nn.Module, path: str) -> tuple[tuple[str, ...], str]:
     return tuple(join(path, name) for name in inner), join(path, outer)
 
 
-def folds(module: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each norm and the layers that alone read what it gives, by path."""
-    for path, block in module.named_modules():
-        for norm, layers in cast(Folds, getattr(block, "FOLDS", ())):
-            yield join(path, norm), tuple(join(path, layer) for layer in layers)
-
-
 def common_factors(measured: Measured, layers: tuple[str, ...]) -> NDArray[np.float32] | None:
-    """The one smoothing of layers that read the same norm; those without any get the others'."""
+    """The one smoothing of layers that read the same channels; those without any get the others'."""
     found = [measured.smoothing[layer] for layer in layers if layer in measured.smoothing]
     if not found:
         return None
     if any(not np.array_equal(found[0], other) for other in found[1:]):
-        raise OptionError(f"{' and '.join(layers)} read the same norm, but their smoothing differs")
+        raise OptionError(f"{' and '.join(layers)} read the same channels, but their smoothing differs")
     return found[0]
 
 

@@ -28,6 +28,7 @@ from mcv_runtime.errors import CheckpointError
 
 _SAMPLE_ROWS = 256
 """Output channels of each weight that are compared: other weights differ in all of them."""
+_TURNS = 8
 _ERROR, _FOUR_BIT_ERROR = 0.1, 0.5
 """Of a weight, relative: far above what a sound quantization costs, far below what another weight is off, 1 and more."""
 
@@ -56,7 +57,7 @@ def stored_module(plan: GraphPlan, formats: Mapping[str, LayerFormat], file: Pat
 def check_weights(plan: GraphPlan, checkpoint: Checkpoint, module: nn.Module) -> None:
     """Raise `CheckpointError` for a layer of a stored module whose weight is not a rounded form of the checkpoint's.
 
-    Smoothing is allowed for: a factor for each input channel is no error. Pruned layers are left out.
+    Smoothing is allowed for: a factor for each input or output channel is no error. Pruned layers are left out.
     """
     sources = resolve(plan, checkpoint)
     for path, layer in module.named_modules():
@@ -64,11 +65,22 @@ def check_weights(plan: GraphPlan, checkpoint: Checkpoint, module: nn.Module) ->
             continue
         count = min(_shape(layer)[0], _SAMPLE_ROWS)
         wanted, found = sources[f"{path}.weight"].rows(0, count), _rows(layer, count)
-        factors = (wanted * found).sum(0) / np.maximum((wanted**2).sum(0), 1e-30)
-        expected = factors * wanted
+        expected = _with_factors(wanted, found)
         error = float(np.sqrt(((found - expected) ** 2).sum() / np.maximum((expected**2).sum(), 1e-30)))
         if error > (_FOUR_BIT_ERROR if isinstance(layer.format, WeightFormat) and layer.format.bits == 4 else _ERROR):
             raise CheckpointError(f"the weight of {path} is another than the checkpoint's (relative error {error:.2g})")
+
+
+def _with_factors(wanted: NDArray[np.float32], found: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`wanted` with the factor for each row and each column that bring it nearest to `found`: least squares, in turns."""
+    rows = np.ones((len(wanted), 1), np.float32)
+    for _ in range(_TURNS):
+        rows /= np.maximum(np.abs(rows).max(), 1e-30)
+        scaled = wanted * rows
+        columns = (scaled * found).sum(0) / np.maximum((scaled**2).sum(0), 1e-30)
+        scaled = wanted * columns
+        rows = (scaled * found).sum(1, keepdims=True) / np.maximum((scaled**2).sum(1, keepdims=True), 1e-30)
+    return np.asarray(rows * columns * wanted, np.float32)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
@@ -109,7 +121,7 @@ def _outputs(path: str, tensors: Mapping[str, Tensor]) -> int:
 
 
 def _as_stored(kind: LayerFormat, smoothed: bool) -> LayerFormat:
-    return replace(kind, smoothed=smoothed) if isinstance(kind, Int8Format) else kind
+    return replace(kind, smoothed=smoothed) if kind.quantized else kind
 
 
 def _shape(layer: Linear | Embedding) -> tuple[int, int]:

@@ -21,9 +21,9 @@ from mcv_export.checkpoint import Checkpoint
 from mcv_export.eager import eager_module
 from mcv_export.families import recognise
 from mcv_export.graph_files import storage_of
-from mcv_export.norm_smoothing import smoothed_by_norms
 from mcv_export.plan import GraphPlan
 from mcv_export.stored import check_weights, stored_module
+from mcv_export.unseen_smoothing import smoothed_unseen
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.decoding.decoder import Decoder
@@ -182,7 +182,7 @@ def _module(plan: GraphPlan, checkpoint: Checkpoint, bundle: Bundle, recipe: Rec
     graph_recipe = recipe.graphs[plan.shares or plan.name]
     storage = storage_of(plan, graph_recipe, recipe.target)
     if not graph_recipe.needs_samples:
-        measured = smoothed_by_norms(plan, checkpoint, graph_recipe, recipe.target, NOTHING)
+        measured = smoothed_unseen(plan, checkpoint, graph_recipe, recipe.target, NOTHING)
         return eager_module(plan, checkpoint, formats=storage.formats, measured=measured, method=storage.method)
     module = stored_module(plan, storage.formats, bundle.graph(plan.name))
     check_weights(plan, checkpoint, module)

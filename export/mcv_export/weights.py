@@ -100,6 +100,8 @@ def _write_blocks(
     advance: Callable[[int], None],
 ) -> None:
     """The quantized weight chunk by chunk; its scales and zero points are small and follow each chunk to their own places."""
+    for leaf, array in constants(child, path, storage).items():
+        _write(stream, at[leaf], array)
     for first, tensors in quantized_chunks(child, path, source, storage):
         for leaf, array in tensors.items():
             _write(stream, at[leaf] + first * array[0].nbytes, array)

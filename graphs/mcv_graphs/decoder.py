@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mcv_graphs import ops
+from mcv_graphs.folds import Fold, behind_norm, value_channels
 from mcv_graphs.layer_state import LayerState
-from mcv_graphs.layers import Embedding, FeedForward, Folds, Linear, RMSNorm
+from mcv_graphs.layers import Embedding, FeedForward, Linear, RMSNorm
 
 DecoderState = LayerState[tuple[Tensor, Tensor]]
 """With the call's `seqlens_k` and `total_sequence_length`."""
@@ -43,7 +44,7 @@ class DecoderConfig:
 class Decoder(nn.Module):
     """Token ids and visual tokens to logits, one cached step or many positions at once."""
 
-    FOLDS: ClassVar[Folds] = (("norm", ("lm_head",)),)
+    folds: ClassVar = (behind_norm("norm", "lm_head"),)
 
     cos: Tensor
     sin: Tensor
@@ -116,7 +117,6 @@ class Decoder(nn.Module):
 class DecoderLayer(nn.Module):
     """One block; the decoder adds the residuals, so that each sum fuses with the norm that follows it."""
 
-    FOLDS: ClassVar[Folds] = (("input_layernorm", ("qkv_proj",)), ("post_attention_layernorm", ("gate_proj", "up_proj")))
     FFN: ClassVar[FeedForward] = (("gate_proj", "up_proj"), "down_proj")
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -133,6 +133,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
         self.gate_proj, self.up_proj = (Linear(width, config.intermediate_size, bias=False) for _ in range(2))
         self.down_proj = Linear(config.intermediate_size, width, bias=False)
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        values = value_channels(heads, kv_heads, head_dim, first=(heads + kv_heads) * head_dim)
+        return (
+            behind_norm("input_layernorm", "qkv_proj"),
+            Fold(maker="qkv_proj", readers=("o_proj",), channels=values),
+            behind_norm("post_attention_layernorm", "gate_proj", "up_proj"),
+            Fold(maker="up_proj", readers=("down_proj",), gates=("gate_proj",)),
+        )
 
     def attention(
         self, x: Tensor, past_key: Tensor, past_value: Tensor, seqlens_k: Tensor, total: Tensor, cos: Tensor, sin: Tensor

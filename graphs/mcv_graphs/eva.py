@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mcv_graphs import ops
+from mcv_graphs.folds import Fold
 from mcv_graphs.layers import FeedForward, LayerNorm, Linear
 
 
@@ -57,6 +58,7 @@ class EvaTower(nn.Module):
 class EvaLayer(nn.Module):
     """One block; its keys have no bias."""
 
+    folds: ClassVar = (Fold(maker="v_proj", readers=("out_proj",)),)
     FFN: ClassVar[FeedForward] = (("fc1",), "fc2")
 
     def __init__(self, config: EvaConfig) -> None:

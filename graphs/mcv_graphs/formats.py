@@ -13,10 +13,12 @@ class WeightFormat:
     """How a linear's or embedding's weight is stored: 32 bits as float, 8 or 4 as blocks of integers with a scale each.
 
     `symmetric` leaves zero points out; 4 bits need them: half of the 16 levels would go unused in a one-sided block.
+    `smoothed`: a linear's input is multiplied by a factor for each channel first.
     """
 
     bits: int = 32
     block_size: int = 32
+    smoothed: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8, 32):
@@ -37,16 +39,20 @@ class WeightFormat:
         return -(-width // self.block_size)
 
 
+Activations = Literal["static", "dynamic", "token"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int8Format:
-    """A linear that multiplies 8-bit integers: its weight has a scale for each output channel, its input one for all of it.
+    """A linear that multiplies 8-bit integers: its weight has a scale for each output channel, its input for all or each row.
 
-    `activations`: the input's range is measured beforehand (`static`), or in each call (`dynamic`). `signed`: the input is
-    int8 rather than uint8. `reduce_range`: weights stay within 64, so that older processors' 16-bit sums do not overflow.
-    `smoothed`: the input is multiplied by a factor for each channel first.
+    `activations`: the input's range is measured beforehand (`static`), in each call (`dynamic`), or in each call for every row,
+    a token or a patch, by itself (`token`): then one of far larger values takes no levels from the others. `signed`: the
+    input is int8 rather than uint8. `reduce_range`: weights stay within 64, so that older processors' 16-bit sums do not
+    overflow. `smoothed`: the input is multiplied by a factor for each channel first.
     """
 
-    activations: Literal["static", "dynamic"]
+    activations: Activations
     signed: bool = False
     reduce_range: bool = False
     smoothed: bool = False

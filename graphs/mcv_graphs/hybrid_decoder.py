@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mcv_graphs import ops
 from mcv_graphs import recurrent_ops as rec
+from mcv_graphs.folds import Fold, behind_norm, value_channels
 from mcv_graphs.layer_state import LayerState
-from mcv_graphs.layers import FLOAT32, Embedding, FeedForward, Folds, Linear, RMSNorm
+from mcv_graphs.layers import FLOAT32, Embedding, FeedForward, Linear, RMSNorm
 
 LayerKind = Literal["linear_attention", "full_attention"]
 
@@ -160,7 +161,6 @@ class Call:
 class HybridLayer(nn.Module):
     """One block; the decoder adds the residuals, so that each sum fuses with the norm that follows it."""
 
-    FOLDS: ClassVar[Folds] = (("post_attention_layernorm", ("gate_proj", "up_proj")),)
     FFN: ClassVar[FeedForward] = (("gate_proj", "up_proj"), "down_proj")
 
     def __init__(self, config: HybridConfig, mixed_size: int) -> None:
@@ -173,6 +173,13 @@ class HybridLayer(nn.Module):
         self.gate_proj, self.up_proj = (Linear(width, config.intermediate_size, bias=False) for _ in range(2))
         self.down_proj = Linear(config.intermediate_size, width, bias=False)
 
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        return (
+            behind_norm("post_attention_layernorm", "gate_proj", "up_proj"),
+            Fold(maker="up_proj", readers=("down_proj",), gates=("gate_proj",)),
+        )
+
     def mix(self, x: Tensor, first: Tensor, second: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """The mixture over time, [B, T, hidden] -> [B, T, mixed_size], and the layer's two cache tensors."""
         raise NotImplementedError
@@ -184,14 +191,21 @@ class HybridLayer(nn.Module):
 class FullAttentionLayer(HybridLayer):
     """Grouped-query attention with normalised heads, partial rotary positions and a gate on its output."""
 
-    FOLDS: ClassVar[Folds] = (("input_layernorm", ("q_proj", "q_gate", "k_proj", "v_proj")), *HybridLayer.FOLDS)
-
     def __init__(self, config: HybridConfig) -> None:
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         super().__init__(config, width)
         self.q_proj, self.q_gate = (Linear(config.hidden_size, width, bias=False) for _ in range(2))
         self.k_proj, self.v_proj = (Linear(config.hidden_size, kv_width, bias=False) for _ in range(2))
         self.q_norm, self.k_norm = (nn.Parameter(torch.empty(config.head_dim)) for _ in range(2))
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        values = value_channels(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
+        return (
+            behind_norm("input_layernorm", "q_proj", "q_gate", "k_proj", "v_proj"),
+            Fold(maker="v_proj", readers=("o_proj",), channels=values),
+            *super().folds,
+        )
 
     def mix(self, x: Tensor, first: Tensor, second: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
@@ -215,11 +229,6 @@ class FullAttentionLayer(HybridLayer):
 class DeltaNetLayer(HybridLayer):
     """A gated delta net: short convolution, then a memory of fixed size; its output is normalised and gated per head."""
 
-    FOLDS: ClassVar[Folds] = (
-        ("input_layernorm", ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")),
-        *HybridLayer.FOLDS,
-    )
-
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config, config.value_channels)
         width, heads = config.hidden_size, config.linear_value_heads
@@ -230,6 +239,15 @@ class DeltaNetLayer(HybridLayer):
         self.conv_taps = nn.Parameter(torch.empty(config.conv_kernel, config.conv_channels))
         self.dt_bias, self.decay_scale = (nn.Parameter(torch.empty(heads)) for _ in range(2))
         self.norm = nn.Parameter(torch.empty(config.linear_value_dim))
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        every_head = tuple(range(self.config.linear_value_dim)) * self.config.linear_value_heads
+        return (
+            behind_norm("input_layernorm", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"),
+            Fold(maker="norm", readers=("o_proj",), gates=("in_proj_z",), channels=every_head),
+            *super().folds,
+        )
 
     def mix(self, x: Tensor, first: Tensor, second: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config

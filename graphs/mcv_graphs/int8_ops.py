@@ -12,6 +12,8 @@ from torch import Tensor
 from mcv_graphs.ops import emits
 
 _LEVELS = 255
+_LEAST_PEAK = 1e-30
+"""A row of zeros is divided by it."""
 
 
 def static_matmul(
@@ -32,6 +34,18 @@ def static_matmul(
     zero = input_zero_point.float()
     steps = (x / input_scale).round_().add_(zero).clamp_(limits.min, limits.max).sub_(zero)
     return _scaled(steps, qweight, input_scale * weight_scales, bias)
+
+
+def token_matmul(
+    x: Tensor, qweight: Tensor, weight_scales: Tensor, input_scale: Tensor, input_zero_point: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`x @ W + bias`, each row of x rounded to 8 bits of its own largest magnitude: x [..., K] -> [..., N].
+
+    input_scale and input_zero_point as in `static_matmul`, for rows within +-1.
+    """
+    peaks = x.abs().amax(-1, keepdim=True).clamp_min(_LEAST_PEAK)
+    y = static_matmul(x / peaks, qweight, weight_scales, input_scale, input_zero_point, None) * peaks
+    return y if bias is None else y + bias
 
 
 def dynamic_matmul(x: Tensor, qweight: Tensor, weight_scales: Tensor, bias: Tensor | None) -> Tensor:

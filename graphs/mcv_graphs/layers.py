@@ -20,7 +20,6 @@ __all__ = [
     "FLOAT32",
     "Embedding",
     "FeedForward",
-    "Folds",
     "Int8Format",
     "LayerFormat",
     "LayerNorm",
@@ -30,8 +29,6 @@ __all__ = [
     "set_formats",
 ]
 
-Folds: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
-"""A block's `FOLDS`: each norm and the linears that alone read what it gives, so that a factor can move between them."""
 FeedForward: TypeAlias = tuple[tuple[str, ...], str]
 """A block's `FFN`: the linears that make its inner channels, and the one that reads them."""
 
@@ -81,6 +78,8 @@ class Linear(nn.Module):
             _register_blocks(self, self.out_features, self.in_features, layer_format)
         else:
             self.weight = nn.Parameter(torch.empty(self.in_features, self.out_features))
+        if layer_format.smoothed:
+            self.register_buffer("input_factors", torch.empty(self.in_features))
 
     def resize(self, *, in_features: int | None = None, out_features: int | None = None) -> None:
         """Have fewer channels; what the layer held is lost."""
@@ -91,12 +90,12 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = self.format
+        x = x * self.input_factors if kind.smoothed else x
         if isinstance(kind, Int8Format):
-            x = x * self.input_factors if kind.smoothed else x
             if kind.activations == "dynamic":
                 return int8_ops.dynamic_matmul(x, self.qweight, self.weight_scales, self.bias)
-            ranged = self.input_scale, self.input_zero_point
-            return int8_ops.static_matmul(x, self.qweight, self.weight_scales, *ranged, self.bias)
+            matmul = int8_ops.token_matmul if kind.activations == "token" else int8_ops.static_matmul
+            return matmul(x, self.qweight, self.weight_scales, self.input_scale, self.input_zero_point, self.bias)
         if kind.quantized:
             held = self.qweight, self.scales, self.zero_points, self.bias
             return ops.matmul_nbits(x, *held, bits=kind.bits, block_size=kind.block_size)
@@ -106,11 +105,9 @@ class Linear(nn.Module):
     def _register_int8(self, kind: Int8Format) -> None:
         self.register_buffer("qweight", torch.empty(self.in_features, self.out_features, dtype=torch.int8))
         self.register_buffer("weight_scales", torch.empty(self.out_features))
-        if kind.activations == "static":
+        if kind.activations != "dynamic":
             self.register_buffer("input_scale", torch.empty(()))
             self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int8 if kind.signed else torch.uint8))
-        if kind.smoothed:
-            self.register_buffer("input_factors", torch.empty(self.in_features))
 
 
 class Embedding(nn.Module):

@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from mcv_graphs import ops
-from mcv_graphs.layers import FeedForward, Folds, LayerNorm, Linear
+from mcv_graphs.folds import behind_norm
+from mcv_graphs.layers import FeedForward, LayerNorm, Linear
 
 MERGED = 4
 """Patches of a visual token."""
@@ -16,7 +17,7 @@ MERGED = 4
 class Merger(nn.Module):
     """Norm, and an MLP over the patches side by side; its GELU is the exact one, the tower's is not."""
 
-    FOLDS: ClassVar[Folds] = (("pre_norm", ("linear_1",)),)
+    folds: ClassVar = (behind_norm("pre_norm", "linear_1"),)
     FFN: ClassVar[FeedForward] = (("linear_1",), "linear_2")
 
     def __init__(self, vision_size: int, hidden_size: int) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mcv_graphs import ops
-from mcv_graphs.layers import Folds, LayerNorm, Linear
+from mcv_graphs.folds import Fold, behind_norm
+from mcv_graphs.layers import LayerNorm, Linear
+
+_POSITIONS = 0.5**0.5
+"""Root mean square of sines and cosines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +33,6 @@ class ResamplerConfig:
 class Resampler(nn.Module):
     """Learned queries attend to the patches of one slice; keys carry the patch's position, values do not."""
 
-    FOLDS: ClassVar[Folds] = (("ln_post", ("proj",)),)
     frequencies: Tensor
 
     def __init__(self, config: ResamplerConfig) -> None:
@@ -47,6 +49,17 @@ class Resampler(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width) for _ in range(4))
         self.proj = Linear(width, width, bias=False)
         self.register_buffer("frequencies", position_frequencies(width), persistent=False)
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """Keys are the norm's output with positions added, values are not: neither may change it for the other."""
+        return (
+            Fold(maker="ln_q", readers=("q_proj",), free=not self.config.query_positions),
+            Fold(maker="ln_kv", readers=("k_proj",), added=_POSITIONS, free=False),
+            Fold(maker="ln_kv", readers=("v_proj",), free=False),
+            Fold(maker="v_proj", readers=("out_proj",)),
+            behind_norm("ln_post", "proj"),
+        )
 
     def forward(self, vision_hidden: Tensor, patch_positions: Tensor) -> Tensor:
         """vision_hidden [S, L, vision_size], patch_positions [L, 2] (row, column) -> [S, queries, hidden]."""

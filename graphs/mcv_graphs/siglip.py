@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mcv_graphs import ops
-from mcv_graphs.layers import Embedding, FeedForward, Folds, LayerNorm, Linear
+from mcv_graphs.folds import Fold, behind_norm
+from mcv_graphs.layers import Embedding, FeedForward, LayerNorm, Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,11 @@ class ResizedSiglipTower(SiglipTower):
 class SiglipLayer(nn.Module):
     """One block; the tower adds the residuals, so that each sum fuses with the norm that follows it."""
 
-    FOLDS: ClassVar[Folds] = (("layer_norm1", ("q_proj", "k_proj", "v_proj")), ("layer_norm2", ("fc1",)))
+    folds: ClassVar = (
+        behind_norm("layer_norm1", "q_proj", "k_proj", "v_proj"),
+        Fold(maker="v_proj", readers=("out_proj",)),
+        behind_norm("layer_norm2", "fc1"),
+    )
     FFN: ClassVar[FeedForward] = (("fc1",), "fc2")
 
     def __init__(self, config: SiglipConfig) -> None:

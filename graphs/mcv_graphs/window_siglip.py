@@ -11,7 +11,8 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 
 from mcv_graphs import ops
-from mcv_graphs.layers import Embedding, FeedForward, Folds, LayerNorm, Linear
+from mcv_graphs.folds import Fold, behind_norm
+from mcv_graphs.layers import Embedding, FeedForward, LayerNorm, Linear
 from mcv_graphs.siglip import SiglipConfig, SiglipLayer
 
 WINDOW = 4
@@ -51,7 +52,11 @@ class WindowSiglipTower(nn.Module):
 class WindowMerger(nn.Module):
     """Attention inside each window, then an MLP from its four patches to one, added to their mean."""
 
-    FOLDS: ClassVar[Folds] = (("layer_norm1", ("q_proj", "k_proj", "v_proj")), ("pre_norm", ("linear_1",)))
+    folds: ClassVar = (
+        behind_norm("layer_norm1", "q_proj", "k_proj", "v_proj"),
+        Fold(maker="v_proj", readers=("out_proj",)),
+        behind_norm("pre_norm", "linear_1"),
+    )
     FFN: ClassVar[FeedForward] = (("linear_1",), "linear_2")
 
     def __init__(self, config: SiglipConfig) -> None:

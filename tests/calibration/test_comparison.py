@@ -20,6 +20,7 @@ from mcv_calibration.report import Report, make_report
 from mcv_calibration.report_html import pieces, render
 from mcv_calibration.samples import Sample, SampleSet
 from mcv_calibration.taps import TappedGraph
+from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.errors import GateError, OptionError
 
 
@@ -161,19 +162,33 @@ def test_scoring_a_text_at_once_is_decoding_it(family: str, bundle_of: Callable[
 
 
 def test_taps_in_passes_leave_the_bundle_alone(bundle_of: Callable[..., Path], few_samples: tuple[Sample, ...]) -> None:
-    folders = bundle_of("minicpmv2_6"), bundle_of("minicpmv2_6", "q4")
+    folders = bundle_of("minicpmv2_6"), bundle_of("minicpmv2_6", "q8")
     contender = Contender(folders[0], threads=2)
     _, calls = contender.encode(few_samples[0].images)
     feeds = [call.inputs for call in calls if call.graph == "vision_encoder"][:2]
     before = [sorted(folder.rglob("*")) for folder in folders]
     paths = [
-        folder / "onnx" / name for folder, name in zip(folders, ("vision_encoder.onnx", "vision_encoder_q4.onnx"), strict=True)
+        folder / "onnx" / name for folder, name in zip(folders, ("vision_encoder.onnx", "vision_encoder_q8.onnx"), strict=True)
     ]
     whole, cut = (layer_errors("vision_encoder", *map(TappedGraph, paths), feeds, max_bytes=limit) for limit in (10**9, 10**5))
     assert [layer.path for layer in whole] == [layer.path for layer in cut]
     assert [layer.relative for layer in whole] == pytest.approx([layer.relative for layer in cut], rel=1e-3)
     assert whole[0].path == "patch_embedding" and whole[-1].path == "layers.2.fc2"
     assert before == [sorted(folder.rglob("*")) for folder in folders]
+
+
+@pytest.mark.parametrize("precision", ["int8-token", "int8-dynamic"])
+def test_taps_are_behind_all_that_belongs_to_a_layer(
+    precision: str, bundle_of: Callable[..., Path], few_samples: tuple[Sample, ...]
+) -> None:
+    """Behind the product with each row's magnitude and the bias, where those are nodes of their own."""
+    graphs = [TappedGraph(Bundle.open(bundle_of("minicpmv2_6", one)).graph("vision_encoder")) for one in ("fp32", precision)]
+    contender = Contender(bundle_of("minicpmv2_6"), threads=2)
+    _, calls = contender.encode(few_samples[0].images)
+    feeds = [call.inputs for call in calls if call.graph == "vision_encoder"][:1]
+    layers = layer_errors("vision_encoder", *graphs, feeds)
+    assert {layer.path: layer.relative for layer in layers if not layer.relative < 0.1} == {}
+    assert {tap.precision for path, tap in graphs[1].taps.items() if path.startswith("layers.")} == {precision}
 
 
 class Fixed:

@@ -5,12 +5,13 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from mcv_calibration.inputs import LayerInput, layer_inputs
+from mcv_graphs.folds import behind_norm
 from mcv_graphs.layers import LayerNorm, Linear
 from mcv_graphs.siglip import SiglipConfig, SiglipTower
 
 
 class Block(nn.Module):
-    FOLDS: ClassVar = (("norm", ("a", "b")),)
+    folds: ClassVar = (behind_norm("norm", "a", "b"),)
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ def test_of_a_tower() -> None:
     found = layer_inputs(SiglipTower(config))
     first = [
         LayerInput(("layers.0.q_proj", "layers.0.k_proj", "layers.0.v_proj"), folded=True),
-        LayerInput(("layers.0.out_proj",)),
+        LayerInput(("layers.0.out_proj",), folded=True),
         LayerInput(("layers.0.fc1",), folded=True),
         LayerInput(("layers.0.fc2",)),
     ]

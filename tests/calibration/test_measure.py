@@ -25,6 +25,7 @@ from mcv_calibration.ranges import METHODS, find_range
 from mcv_calibration.recipe import GraphRecipe, Ranges
 from mcv_calibration.samples import Sample, SampleSet
 from mcv_calibration.store import Store
+from mcv_graphs.folds import behind_norm
 from mcv_graphs.layers import LayerNorm, Linear
 from mcv_runtime.errors import CheckpointError, ImageError, OptionError
 
@@ -35,7 +36,7 @@ STATIC = GraphRecipe(precision="int8-static")
 class Block(nn.Module):
     """A norm, two layers that read it, and one that reads their product."""
 
-    FOLDS: ClassVar = (("norm", ("a", "b")),)
+    folds: ClassVar = (behind_norm("norm", "a", "b"),)
 
     def __init__(self, width: int) -> None:
         super().__init__()

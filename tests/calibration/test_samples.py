@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mcv_calibration.drawn import KINDS, SIZES
-from mcv_calibration.samples import QUESTIONS, builtin_samples, folder_samples
+from mcv_calibration.samples import QUESTIONS, builtin_samples, folder_samples, with_drawn
 from mcv_runtime.errors import ImageError, OptionError
 from mcv_runtime.pictures.images import open_picture
 
@@ -167,3 +167,20 @@ def test_photographs_have_the_spectrum_of_photographs() -> None:
         band = (frequency > 0.02) & (frequency < 0.25)
         slope = np.polyfit(np.log(frequency[band]), np.log(amplitude[band] + 1e-9), 1)[0]
         assert -2.2 < slope < -0.6
+
+
+def test_beside_a_users_pictures_some_are_drawn(tmp_path: Path) -> None:
+    """Nearly black ones alone would leave no range for any other."""
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 7, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.png")
+    own = folder_samples(tmp_path)
+    joined = with_drawn(own)
+    assert joined.samples[:3] == own.samples
+    drawn = joined.samples[3:]
+    assert len(drawn) >= 8
+    assert all(sample.overview for sample in drawn) and not any(sample.overview for sample in own.samples)
+    brightness = [float(np.asarray(Image.open(io.BytesIO(sample.images[0])).convert("L")).mean()) for sample in drawn]  # type: ignore[arg-type]
+    assert min(brightness) < 90 and max(brightness) > 170
+    assert joined.describe() == f"{len(joined.samples)} samples from {tmp_path} and the built-in pictures"
+    assert joined.content_hash() != own.content_hash()

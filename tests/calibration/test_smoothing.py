@@ -5,7 +5,7 @@ import pytest
 
 from mcv_calibration.blocks import dequantize_rows, quantize_rows
 from mcv_calibration.channels import Channels
-from mcv_calibration.smoothing import factors_behind_norm, smoothing_factors
+from mcv_calibration.smoothing import smoothing_factors, unseen_factors
 from mcv_graphs.formats import WeightFormat
 from mcv_runtime.errors import OptionError
 
@@ -110,11 +110,9 @@ def test_behind_a_norm_nothing_needs_to_be_seen() -> None:
     scale = with_outliers(6)[0][0] / X[0]
     weights = {name: weight / scale for name, weight in WEIGHTS.items()}
     same, scaled = (
-        factors_behind_norm(g, g / 3, tuple(w), lambda path, w=w: [w[path]], alpha=0.5)  # type: ignore[misc]
+        unseen_factors(np.hypot(g, g / 3).astype(np.float64), sum(np.square(one).sum(0) for one in w.values()), alpha=0.5)
         for g, w in ((gain, WEIGHTS), (gain * scale, weights))
     )
-    assert same is not None
-    assert scaled is not None
     ratio = scaled / same / scale
     np.testing.assert_allclose(ratio, np.median(ratio), rtol=1e-4)
 
@@ -125,6 +123,22 @@ def test_behind_a_norm_nothing_needs_to_be_seen() -> None:
         return float(np.sqrt(np.mean((x @ (rounded - weight).T) ** 2) / np.mean((x @ weight.T) ** 2)))
 
     assert lost(np.ones_like(scaled)) > 10 * lost(scaled)
+
+
+def test_columns_that_share_a_channel_share_its_factor() -> None:
+    """As the heads of grouped-query attention that read one value: the channel has their energy together."""
+    shared = np.tile(np.arange(WIDTH // 4), 4)
+    typical, energy = RNG.uniform(0.1, 10, WIDTH), RNG.uniform(0.1, 10, WIDTH)
+    found = unseen_factors(typical, energy, alpha=0.5, shared=shared)
+    np.testing.assert_array_equal(found, found[shared])
+    together = unseen_factors(
+        np.sqrt(np.square(typical).reshape(4, -1).sum(0)), energy.reshape(4, -1).sum(0), alpha=0.5
+    )  # fmt: skip
+    np.testing.assert_allclose(found[: WIDTH // 4], together, rtol=1e-6)
+    x = np.tile(with_outliers(5)[0][:, : WIDTH // 4], 4)
+    seen = smoothing_factors(Channels.of(x), ("q",), lambda path: [WEIGHTS[path]], alpha=0.5, folded=True, shared=shared)
+    assert seen is not None
+    np.testing.assert_array_equal(seen, seen[shared])
 
 
 def test_channels_merge_and_keep() -> None:

@@ -140,7 +140,7 @@ def test_the_command_line_says_it_all(
     how = ["--vision", "int8-static", "--resampler", "q8", "--target", "avx2", "--ranges", "mse", "--smoothing", 0.4, "--mixed"]
     code, told = run("build", source, out, *given, *how, "--method", "k-quant", "--prune-ffn", 0.25)
     assert code == 0
-    assert "calibrated with 2 samples" in told
+    assert "calibrated with 10 samples from " in told  # eight drawn ones beside the two
     written = Bundle.open(out).manifest
     assert written.graphs["vision_encoder"].file == "onnx/vision_encoder_int8.onnx"
     assert written.quantization == {

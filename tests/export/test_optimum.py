@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 
 from mcv_export.build import BuildOptions, build
+from mcv_export.optimum_command import ExportMcv
+from mcv_export.precision import DEFAULT
 from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.errors import OptionError
 
 pytestmark = pytest.mark.waits
 
@@ -28,11 +32,47 @@ def test_the_bundle_is_the_one_that_mcv_export_builds(source: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "decoder_with_past_q4.onnx" in done.stdout
     assert all(graph in done.stderr for graph in ("vision_encoder", "resampler", "decoder_with_past")), "no progress"
-    precision = BuildOptions(precision={"vision_encoder": "q8", "resampler": "q8", "decoder_with_past": "q4"}, block_size=64)
-    expected = build(source, tmp_path / "expected", precision).manifest
+    vision = {"vision_encoder": "int8-token", "resampler": "int8-token"}
+    expected = build(
+        source, tmp_path / "expected", BuildOptions(precision={**vision, "decoder_with_past": "q4"}, block_size=64)
+    ).manifest
     found = Bundle.open(tmp_path / "bundle").manifest
     assert found.files == expected.files
     assert found.graphs == expected.graphs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "vision", "decoder"),
+    [
+        (["--weight-format", "int8"], "int8-token", "q8"),
+        (["--weight-format", "int4"], DEFAULT["vision_encoder"], "q4"),
+        (["--weight-format", "int4", "--vision", "int4", "--decoder", "int8"], "q4", "q8"),
+        (["--weight-format", "fp32", "--decoder", "int8"], "fp32", "q8"),
+        ([], DEFAULT["vision_encoder"], "q4"),
+    ],
+)
+def test_formats_are_those_that_are_fast(
+    arguments: list[str], vision: str, decoder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """8 bits of a tower are integers all through: in blocks it takes longer than in float. 4 bits are the decoder's alone."""
+    made: list[BuildOptions] = []
+    monkeypatch.setattr("mcv_export.hub.locate", lambda *_, **__: tmp_path)
+
+    def note(folder: Path, out: Path, options: BuildOptions, **_: object) -> None:
+        made.append(options)
+        raise OptionError("noted")
+
+    monkeypatch.setattr("mcv_export.build.build", note)
+    parser = ArgumentParser()
+    ExportMcv.parse_args(parser)
+    command = ExportMcv.__new__(ExportMcv)
+    command.args = parser.parse_args(["-m", "model", str(tmp_path / "out"), *arguments])
+    with pytest.raises(OptionError, match="noted"):
+        command._build()
+    graphs = made[0].chosen().graphs
+    found = {name: graph.precision for name, graph in graphs.items()}
+    assert found == {"vision_encoder": vision, "resampler": found["resampler"], "decoder_with_past": decoder}
+    assert found["resampler"] == (vision if "--vision" not in arguments else DEFAULT["resampler"])
 
 
 def test_a_mistake_is_one_line(source: Path, tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
+FOUR_BITS = ("--precision", "q4", "--vision", "q4", "--resampler", "q4")
+
+
 @pytest.fixture
 def source(golden_root: Path) -> Path:
     return golden_root / "minicpmv2_6" / "checkpoint"
@@ -42,7 +45,7 @@ def source(golden_root: Path) -> Path:
 
 def test_a_build_that_misses_its_gate_leaves_nothing_behind(source: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "bundle"
-    code, err = run("build", source, out, "--precision", "q4", "--num-samples", 1, "--max-kl", "1e-9")
+    code, err = run("build", source, out, *FOUR_BITS, "--num-samples", 1, "--max-kl", "1e-9")
     assert code == 3
     last = err.strip().splitlines()[-1]
     assert last.startswith("mcv-export: bundle misses its gate: its KL divergence ")
@@ -53,7 +56,7 @@ def test_a_build_that_misses_its_gate_leaves_nothing_behind(source: Path, tmp_pa
 def test_a_search_finds_a_recipe_that_can_be_replayed(source: Path, tmp_path: Path, run: Run) -> None:
     found, again = tmp_path / "found", tmp_path / "again"
     limits = ("--num-samples", 1, "--max-kl", "1.5")
-    code, _ = run("build", source, found, "--precision", "q4", "--search", *limits)
+    code, _ = run("build", source, found, *FOUR_BITS, "--search", *limits)
     assert code == 0
     manifest = Bundle.open(found).manifest
     recipe = manifest.quantization["graphs"]

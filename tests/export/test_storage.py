@@ -73,6 +73,7 @@ RECIPES = {
     "q4": GraphRecipe(precision="q4", block_size=64),
     "static": GraphRecipe(precision="int8-static"),
     "dynamic": GraphRecipe(precision="int8-dynamic"),
+    "token": GraphRecipe(precision="int8-token"),
     "mixed": GraphRecipe(
         precision="int8-static", layers={"layers.1": "q4", "layers.1.fc2": "fp32", "layers.0.fc1": "int8-dynamic"}
     ),
@@ -92,14 +93,14 @@ def test_the_graph_computes_what_the_eager_module_does(
     assert 5 * _error(found, expected) < _error(found, exact) < {"q4": 0.5}.get(name, 0.1)
 
 
-def test_smoothing_is_folded_where_a_norm_precedes(
+def test_smoothing_is_folded_where_what_precedes_can_take_it(
     tower: GraphPlan, checkpoint: Checkpoint, feed: Feed, inputs: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     found, expected = _both(tower, checkpoint, RECIPES["static"], "avx512_vnni", measured(inputs, smooth=True), feed, tmp_path)
     _close(found, expected)
     model = ir.load(tmp_path / "graph.onnx")
     factors = [name for name in model.graph.initializers if name.endswith("input_factors")]
-    assert sorted(factors) == [f"layers.{n}.{layer}.input_factors" for n in range(3) for layer in ("fc2", "out_proj")]
+    assert sorted(factors) == [f"layers.{n}.{layer}.input_factors" for n in range(3) for layer in ("fc2",)]
     assert sum(node.op_type == "Mul" for node in model.graph) == len(factors)
 
 
@@ -118,7 +119,7 @@ def test_smoothing_changes_nothing_but_the_rounding(
 def test_factors_of_one_norm_must_agree(tower: GraphPlan, checkpoint: Checkpoint) -> None:
     width = checkpoint.config["vision_config"]["hidden_size"]
     one, two = np.ones(width, np.float32), np.full(width, 2, np.float32)
-    with pytest.raises(OptionError, match="read the same norm"):
+    with pytest.raises(OptionError, match="read the same channels"):
         eager_module(tower, checkpoint, measured=Measured(smoothing={"layers.0.q_proj": one, "layers.0.k_proj": two}))
     with pytest.raises(OptionError, match="cannot be smoothed"):
         eager_module(

@@ -267,7 +267,7 @@ def poisoned(tensor: torch.Tensor, value: float) -> torch.Tensor:
     return tensor
 
 
-@pytest.mark.parametrize("precision", ["fp32", "q8", "q4", "int8-dynamic", "int8-static"])
+@pytest.mark.parametrize("precision", ["fp32", "q8", "q4", "int8-dynamic", "int8-static", "int8-token"])
 @pytest.mark.parametrize(
     "name", ["llm.model.layers.1.self_attn.o_proj.weight", "llm.model.layers.0.mlp.gate_proj.weight", NORM]
 )

@@ -206,7 +206,8 @@ def vision_encoder(config: SiglipConfig) -> GraphPlan:
     )
 
 
-def resampler(config: ResamplerConfig, *, temporal: bool = False) -> GraphPlan:
+def resampler(config: ResamplerConfig, *, temporal: bool = False, norm: str = "vpm.post_layernorm") -> GraphPlan:
+    """`norm`: the tower's last."""
     width = config.hidden_size
     times = {"time_frequencies": lambda: time_frequencies(width).numpy()} if temporal else {}
     return GraphPlan(
@@ -215,7 +216,13 @@ def resampler(config: ResamplerConfig, *, temporal: bool = False) -> GraphPlan:
         io=resampler_io(config.vision_size, config.num_queries, width, temporal=temporal),
         weights=resampler_weights(config, "resampler"),
         computed={"frequencies": lambda: position_frequencies(width).numpy(), **times},
+        input_norms=input_norms(config, norm),
     )
+
+
+def input_norms(config: ResamplerConfig, norm: str) -> dict[str, str]:
+    """See `GraphPlan`; a resampler as wide as the tower projects nothing."""
+    return {"kv_proj": norm} if config.vision_size != config.hidden_size else {}
 
 
 def resampler_weights(config: ResamplerConfig, prefix: str) -> Weights:

@@ -40,7 +40,7 @@ def _plan(checkpoint: Checkpoint) -> ModelPlan:
     return ModelPlan(
         graphs=(
             _vision_encoder(tower),
-            parts.resampler(resampler),
+            parts.resampler(resampler, norm="vpm.norm"),
             parts.decoder(
                 checkpoint,
                 decoder,

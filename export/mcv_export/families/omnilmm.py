@@ -159,6 +159,7 @@ def _resampler(config: ResamplerConfig, tower: EvaConfig, checkpoint: Checkpoint
         io=fixed_resampler_io(config.vision_size, patches, config.num_queries, config.hidden_size),
         weights=parts.resampler_weights(config, _RESAMPLER),
         computed={"frequencies": lambda: position_frequencies(config.hidden_size).numpy(), "key_positions": key_positions},
+        input_norms=parts.input_norms(config, f"{_TOWER}.norm"),
     )
 
 
