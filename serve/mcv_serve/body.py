@@ -70,7 +70,7 @@ def _parsed(data: bytes, kind: type[Kind]) -> tuple[Kind, str]:
     try:
         body = kind.model_validate(value)
     except ValidationError as error:
-        raise _refusal(error, value) from None
+        raise refusal(error, value) from None
     said = json.dumps({name: item for name, item in value.items() if name not in _UNSAID}, sort_keys=True)
     return body, hashlib.sha256(f"{kind.__qualname__} {said}".encode()).hexdigest()
 
@@ -79,7 +79,7 @@ def _not_json(message: str) -> ApiError:
     return ApiError(400, "invalid_json", message)
 
 
-def _refusal(error: ValidationError, body: Any) -> ApiError:
+def refusal(error: ValidationError, body: Any) -> ApiError:
     """One line about what is most to the point: of a field that may be several things, what fits best so far."""
     worst = max(error.errors(include_url=False, include_context=False, include_input=False), key=lambda one: len(one["loc"]))
     field = _field(worst["loc"], body)

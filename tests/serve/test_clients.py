@@ -160,6 +160,25 @@ def test_openai_responses(sdk):
         sdk.responses.create(model="any", input="x", previous_response_id="resp_1")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input": [{"type": "function_call", "call_id": "", "name": "", "arguments": ""}]},
+        {"input": [{"type": "function_call", "call_id": "c", "name": "n", "arguments": "["}]},
+        {"input": [{"type": "other"}]},
+        {"input": [{"type": 3}]},
+        {"input": [3]},
+        {"input": []},
+        {"tools": [{"type": "function", "name": "x" * 300}]},
+        {"tool_choice": {"type": "function", "name": ""}},
+        {"text": {"format": {"type": "json_schema"}}},
+    ],
+)
+def test_responses_that_make_no_sense(client, change):
+    found = client.post("/v1/responses", json={"input": "x", **change})
+    assert found.status_code == 400 and found.json()["error"]["message"], found.text
+
+
 def test_openai_errors_are_its_classes(sdk, serving):
     with pytest.raises(openai.BadRequestError) as caught:
         sdk.chat.completions.create(model="any", messages=content(), extra_body={"foo": 1})

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, ValidationError
 
 from mcv_runtime import Answer, Piece
 from mcv_serve import body as bodies
@@ -52,7 +52,7 @@ class InputMessage(Body):
 class InputCall(Body):
     type: Literal["function_call"]
     call_id: str
-    name: str
+    name: Annotated[str, Field(min_length=1, max_length=256)]
     arguments: str
     id: str | None = None
     status: str | None = None
@@ -96,7 +96,7 @@ InputItem = Annotated[
 
 class ResponseTool(Body):
     type: Literal["function"]
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1, max_length=256)]
     description: str | None = None
     parameters: Json | None = None
     strict: bool | None = None
@@ -169,7 +169,11 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/responses", openapi_extra=bodies.described(ResponsesBody, stream="text/event-stream"))
     async def respond(request: Request) -> Response:
         body, key = await bodies.parsed(await bodies.read(request, service.settings), ResponsesBody, service)
-        asked = chat_asked(as_chat(body), service.engine.info(), service.settings, kind="responses")
+        try:
+            said = as_chat(body)
+        except ValidationError as error:  # a chat is checked more closely
+            raise bodies.refusal(error, {}) from None
+        asked = chat_asked(said, service.engine.info(), service.settings, kind="responses")
         if body.stream:
             return await streamed(service, asked, request, key, _Writer(service, asked, body).write, "openai")
         answering, answer = await whole(service, asked, request, key)
