@@ -90,12 +90,13 @@ class Fetcher:
         connection = _Pinned(host, addresses[0], self._port, self._context, max(deadline - time.monotonic(), 0.001))
         try:
             connection.request("GET", target, headers={"Accept": "image/*,video/*", "User-Agent": "mcv-serve"})
-            response = connection.getresponse()
-            if response.status in (301, 302, 303, 307, 308) and (to := response.headers.get("Location")):
-                return to
-            if response.status != 200:
-                raise ApiError(400, "image_unreachable", f"the host {host} answered {response.status} instead of a picture")
-            return self._read(response, connection, deadline)
+            with connection.getresponse() as response:
+                if response.status in (301, 302, 303, 307, 308) and (to := response.headers.get("Location")):
+                    return to
+                if response.status != 200:
+                    said = f"the host {host} answered {response.status} instead of a picture"
+                    raise ApiError(400, "image_unreachable", said)
+                return self._read(response, connection, deadline)
         finally:
             connection.close()
 
@@ -139,4 +140,8 @@ class _Pinned(http.client.HTTPSConnection):
 
     def connect(self) -> None:
         plain = socket.create_connection((self._address, self.port), self.timeout)
-        self.sock = self._tls.wrap_socket(plain, server_hostname=self.host)
+        try:
+            self.sock = self._tls.wrap_socket(plain, server_hostname=self.host)
+        except BaseException:
+            plain.close()
+            raise

@@ -1,5 +1,6 @@
 """Who comes first, who waits, who is refused, and what becomes of those who leave."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -8,6 +9,11 @@ from dataclasses import replace
 
 import pytest
 from tiny_server import ANSWER, DEMO, LONG, Gate, about_demo, endless, text_chat
+
+from mcv_serve.asked import Asked, Turn
+from mcv_serve.errors import ApiError
+from mcv_serve.service import Service
+from mcv_serve.settings import Settings
 
 pytestmark = pytest.mark.waits
 CHAT = "/v1/chat/completions"
@@ -250,3 +256,19 @@ def test_what_waits_is_bounded_in_memory_too(serving, engine):
         assert first.answer()["choices"][0]["message"]["content"] == ANSWER
         until(lambda: slots(client), lambda found: not found)
         assert client.post(CHAT, json=about_demo()).status_code == 200
+
+
+def test_a_computation_that_never_began_leaves_nothing(engine):
+    async def leave_at_once():
+        service = Service(engine, Settings())
+        answering = service.listen(Asked(turns=(Turn("user", ("Hello",)),), options={}, kind="chat"), "me", "key")
+        service.leave(answering)
+        with pytest.raises(ApiError):
+            await answering.finished()
+        while service.answering:
+            await asyncio.sleep(0)
+        assert (service._held, service._same, service.admission.running) == (0, {}, 0)
+        service._pool.shutdown()
+        service.stepping.shutdown()
+
+    asyncio.run(leave_at_once())
