@@ -117,7 +117,7 @@ def test_smoothing_changes_nothing_but_the_rounding(
 
 
 def test_factors_of_one_norm_must_agree(tower: GraphPlan, checkpoint: Checkpoint) -> None:
-    width = checkpoint.config["vision_config"]["hidden_size"]
+    width, wide = (checkpoint.config["vision_config"][name] for name in ("hidden_size", "intermediate_size"))
     one, two = np.ones(width, np.float32), np.full(width, 2, np.float32)
     with pytest.raises(OptionError, match="read the same channels"):
         eager_module(tower, checkpoint, measured=Measured(smoothing={"layers.0.q_proj": one, "layers.0.k_proj": two}))
@@ -125,8 +125,8 @@ def test_factors_of_one_norm_must_agree(tower: GraphPlan, checkpoint: Checkpoint
         eager_module(
             tower,
             checkpoint,
-            formats={"layers.0.out_proj": WeightFormat(bits=8)},
-            measured=Measured(smoothing={"layers.0.out_proj": two}),
+            formats={"layers.0.fc2": WeightFormat()},
+            measured=Measured(smoothing={"layers.0.fc2": np.ones(wide, np.float32)}),
         )
 
 
