@@ -38,7 +38,7 @@ for packed in GOLDEN.glob("*/checkpoint/*.gz"):  # a fifth smaller in the reposi
         partial = packed.with_suffix(f".{os.getpid()}")
         partial.write_bytes(gzip.decompress(packed.read_bytes()))
         partial.replace(packed.with_suffix(""))
-# `nohup` and a shell's `&` have them ignored, which processes inherit; the commands respect that, and their tests are about the rest.
+# `nohup` and a shell's `&` have these ignored in what they start. The commands respect that; their tests are about the rest.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the commands do: a test leaves nothing at a developer's home

@@ -71,7 +71,7 @@ def test_a_complaint_is_one_short_printable_line(capsys):
 
     assert ended(work) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith(r"mcv: \x1b[31m aaa") and printed.endswith("...\n")
+    assert printed.startswith(r"mcv: \x1b[31m\naaa") and printed.endswith("...\n")
     assert len(printed) < 2100 and printed[:-1].isprintable()
 
 
