@@ -67,7 +67,7 @@ def test_whatever_else_happens_is_noticed(benchmarks):
     ends = {
         "done": lambda: 5,
         "refused": lambda: refuse("one line"),
-        "untidy": lambda: refuse("two\nlines"),
+        "untidy": lambda: refuse("a long line" * 1000),
         "traceback": lambda: [][0],
         "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV),
         "hang": spin,

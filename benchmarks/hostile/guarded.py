@@ -81,7 +81,8 @@ def run(read: Callable[[], Any], *, limit_s: float, memory_gb: float) -> Outcome
 def _attempt(read: Callable[[], Any], memory: int, cpu_s: int) -> Outcome:
     for kind, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, cpu_s)):
         with suppress(ValueError, OSError):  # a machine that allows less has its own limit
-            resource.setrlimit(kind, (most, most))
+            # a second more before the kernel kills, so that what is killed for its time can be told from a crash
+            resource.setrlimit(kind, (most, most + (kind == resource.RLIMIT_CPU)))
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)

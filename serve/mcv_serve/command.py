@@ -156,7 +156,8 @@ def run(
         engine = load(at_home(named) if named else None, max_pixels=max_pixels, max_rows=concurrent, **given)
         return Service(engine, settings, max_pixels=max_pixels)
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=form, force=True)  # instead of a command's notices
     logging.getLogger(__name__).info("listening at http://%s:%d", host, port)
     serve(Server(settings, opened, host=host, port=port))
 

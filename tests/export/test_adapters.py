@@ -15,12 +15,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+from mcv_calibration.recipe import Precision
 from mcv_export import cli
 from mcv_export.adapters import Adapter, find_adapter, open_merged
 from mcv_export.adapters.tensors import LowRank, MergedTensor, matrix
 from mcv_export.build import BuildOptions, build
 from mcv_export.checkpoint import open_checkpoint
 from mcv_runtime.bundle.folder import Bundle
+from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.errors import CheckpointError, OptionError
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8}
@@ -377,6 +379,14 @@ def test_a_report_and_its_gate_are_about_the_merged_model(
     assert (code, "was built with --adapter lora" in said) == (2, True)
 
 
+AS_OPTIMUM: dict[GraphName, Precision] = {
+    "vision_encoder": "int8-token",
+    "resampler": "int8-token",
+    "decoder_with_past": "q8",
+}
+"""What its `--weight-format int8` asks for."""
+
+
 @pytest.mark.waits
 def test_optimum_merges_too(tuned: tuple[Path, Path], golden_root: Path, tmp_path: Path) -> None:
     source = golden_root / "minicpmv2_6" / "checkpoint"
@@ -396,7 +406,7 @@ def test_optimum_merges_too(tuned: tuple[Path, Path], golden_root: Path, tmp_pat
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     adapters = (Adapter(folder=tuned[0], name="lora", weight=0.5),)
-    expected = build(source, tmp_path / "expected", BuildOptions(precision="q8", adapters=adapters)).manifest
+    expected = build(source, tmp_path / "expected", BuildOptions(precision=AS_OPTIMUM, adapters=adapters)).manifest
     found = Bundle.open(tmp_path / "b").manifest
     assert (found.files, found.adapters) == (expected.files, expected.adapters)
 

@@ -79,7 +79,7 @@ def test_graphs_compute_what_the_modules_do(result: BuildResult, family: str, go
 
 def test_samples_are_told_of(result: BuildResult) -> None:
     assert result.samples is not None
-    assert len(result.samples.samples) == 2
+    assert len(result.samples.samples) == 2 + 8  # drawn ones beside the user's
     assert "broken.png" in result.samples.describe()
 
 

@@ -208,8 +208,8 @@ def test_any_settings_leave_a_distribution(logits, temperature, top_k, top_p, mi
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
         ({"top_p": 1.1}, "top_p"),
         ({"min_p": 1.5}, "min_p must be from 0 to 1, not 1.5"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, not 0.0"),
-        ({"presence_penalty": float("inf")}, "presence_penalty must be a number, not inf"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be from 1e-6 to 1e6, not 0.0"),
+        ({"presence_penalty": float("inf")}, "presence_penalty must be from -1e6 to 1e6, not inf"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
     ],
 )

@@ -159,7 +159,7 @@ def test_bundle_that_changes_while_it_is_served(tmp_path):
         (["--allow-image-host", "https://x.org/"], "mcv-serve: --allow-image-host takes the name of a host"),
         (["--api-key", ""], "mcv-serve: an API key is empty"),
         (["--api-key-file", "/nowhere"], "mcv-serve: /nowhere is not there"),
-        (["--kv", "int3"], "mcv-serve: kv="),
+        (["--kv", "int3"], "mcv-serve: kv must be"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, line):
