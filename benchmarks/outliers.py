@@ -55,12 +55,6 @@ def channels_of(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], 
         made = tuple(one for one in (f"{maker}.weight", f"{maker}.bias") if one in tensors)
         return Channels(makers=made, readers=(f"{reader}.weight",), rows=(0, rows), columns=((0, rows),))
 
-    for layer in sorted({match[0] for name in tensors if (match := re.match(r"vpm\.encoder\.layers\.\d+", name))}):
-        if "norms" in kinds:
-            yield norm(f"{layer}.layer_norm1", *(f"{layer}.self_attn.{one}_proj" for one in "qkv"))
-            yield norm(f"{layer}.layer_norm2", f"{layer}.mlp.fc1")
-        if "pairs" in kinds:
-            yield pair(f"{layer}.self_attn.v_proj", f"{layer}.self_attn.out_proj")
     for layer in sorted({match[0] for name in tensors if (match := re.match(r"llm\.model\.layers\.\d+", name))}):
         if "norms" in kinds:
             yield norm(f"{layer}.input_layernorm", *(f"{layer}.self_attn.{one}_proj" for one in "qkv"))
@@ -68,6 +62,12 @@ def channels_of(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], 
         if "pairs" in kinds:
             yield pair(f"{layer}.mlp.up_proj", f"{layer}.mlp.down_proj")
             yield from _grouped_values(f"{layer}.self_attn", tensors, config)
+    for layer in sorted({match[0] for name in tensors if (match := re.match(r"vpm\.encoder\.layers\.\d+", name))}):
+        if "norms" in kinds:
+            yield norm(f"{layer}.layer_norm1", *(f"{layer}.self_attn.{one}_proj" for one in "qkv"))
+            yield norm(f"{layer}.layer_norm2", f"{layer}.mlp.fc1")
+        if "pairs" in kinds:
+            yield pair(f"{layer}.self_attn.v_proj", f"{layer}.self_attn.out_proj")
     if "norms" in kinds:
         yield norm("vpm.post_layernorm", "resampler.kv_proj")
         yield norm("llm.model.norm", "llm.lm_head")

@@ -32,7 +32,7 @@ def compared(bundle_of: Callable[..., Path], few_samples: tuple[Sample, ...]) ->
         for name, precision in (("fp32", "fp32"), ("again", "fp32"), ("<q8>", "q8"))
     )
     samples = SampleSet(few_samples, ("broken.png: <not a picture>",), "a folder")
-    return make_report(reference, [same, q8], samples, threads=2, max_new_tokens=6)
+    return make_report(reference, [same, q8], samples, threads=2, max_new_tokens=24)
 
 
 def test_fp32_against_itself_is_without_error(compared: Report) -> None:
@@ -55,9 +55,7 @@ def test_parts_are_told_apart(compared: Report) -> None:
     sum_of_squares = np.hypot(accuracy.vision.relative, accuracy.compressor.relative)
     assert 0.001 < accuracy.vision.relative < accuracy.visual_tokens.relative < 2 * sum_of_squares
     assert 0 < accuracy.pictures.kl_mean < accuracy.together.kl_mean
-    assert (
-        0 < accuracy.decoder.kl_mean < 1.1 * accuracy.together.kl_mean
-    )  # in a few tokens, a small error may cancel a large one
+    assert 0 < accuracy.decoder.kl_mean < accuracy.together.kl_mean
     assert {layer.precision for layer in q8.layers if "layers." in layer.path} == {"q8"}
     assert {layer.graph for layer in q8.layers} == {"vision_encoder", "resampler", "decoder_with_past"}
 
