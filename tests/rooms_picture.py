@@ -11,7 +11,7 @@ import grimp
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- rooms -->", "<!-- /rooms -->"
-ASIDE = {"errors", "progress", "files", "locks"}
+ASIDE = {"errors", "facts", "files", "locks", "panics", "progress"}
 """What nearly every room imports: their arrows would hide the others."""
 
 

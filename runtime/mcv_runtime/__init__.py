@@ -3,7 +3,7 @@
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.conversation.chat import Chat
 from mcv_runtime.decoding.ticket import Ticket
-from mcv_runtime.engine import Engine, EngineInfo, MemoryUse, load
+from mcv_runtime.engine import Engine, load
 from mcv_runtime.errors import (
     BundleCorruptError,
     BundleError,
@@ -18,6 +18,7 @@ from mcv_runtime.errors import (
     ResourceError,
     RunError,
 )
+from mcv_runtime.facts import EngineInfo, MemoryUse
 from mcv_runtime.pictures import video_file as video_file  # also under the name that it had before there were rooms
 from mcv_runtime.pictures.picture import Clip, Picture
 from mcv_runtime.pictures.video import Video

@@ -6,7 +6,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,6 +27,7 @@ from mcv_runtime.decoding.decoder import Decoder
 from mcv_runtime.decoding.scheduler import Scheduler
 from mcv_runtime.decoding.ticket import Ticket, finish_first
 from mcv_runtime.errors import OptionError
+from mcv_runtime.facts import EngineInfo, MemoryUse
 from mcv_runtime.pictures.images import MAX_PIXELS, ImageSource
 from mcv_runtime.pictures.picture import Clip, Picture
 from mcv_runtime.pictures.video import Video
@@ -58,45 +58,6 @@ MAX_ROWS = 16
 _LEAST_MEMORY = 2 << 30
 _PICTURES, _SLICES, _KEPT = 1 / 8, 1 / 4, 1 / 4
 """Shares of `memory_mb`: encoded pictures, a batch of slices, beginnings of earlier requests."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineInfo:
-    """Facts about an engine: its model, its limits, its abilities."""
-
-    family: str
-    model: str
-    context_length: int
-    """Tokens of prompt and answer together."""
-    max_new_tokens: int
-    """Tokens of an answer, unless a request says otherwise."""
-    max_slice_nums: int
-    downsample_modes: tuple[str, ...]
-    video: bool
-    thinking: bool
-    tools: bool
-    """Whether the chat template knows functions that may be called."""
-    vocab_size: int
-    """Token ids are below."""
-    precisions: dict[str, str]
-    """By graph."""
-    provider: str
-    threads: int
-    """0: ONNX Runtime decides."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryUse:
-    """Bytes that an engine holds besides the weights, or has set aside, by what they are for."""
-
-    running: int
-    """Keys, values and states of requests on their way, as long as they may get."""
-    kept: int
-    """Those of earlier requests and conversations, which may be forgotten."""
-    pictures: int
-    """Visual tokens of encoded pictures."""
-    limit: int
-    """Most bytes of all these and a batch of slices."""
 
 
 def load(

@@ -72,7 +72,7 @@ def test_while_a_prompt_is_read_others_go_on(engine):
 def test_how_fast_a_prompt_is_read_is_learnt_from_what_was_read(engine, token_s):
     """A first piece, or one during which the machine slept, does not decide how the rest is read."""
     engine.ask(None, "?", max_new_tokens=1)  # too short to tell
-    engine._scheduler._token_s = token_s
+    engine._scheduler._pace.token_s = token_s
     read = []
     options = Options(max_new_tokens=1, progress=lambda event: event.stage == "prompt" and read.append(event.done))
     answer = engine.ask(None, "? " * 600, options=options)

@@ -16,6 +16,7 @@ import numpy as np
 from mcv_runtime.decoding.completing import check_logits
 from mcv_runtime.decoding.decoder import Decoder
 from mcv_runtime.decoding.job import Job
+from mcv_runtime.decoding.prompt_pace import PromptPace
 from mcv_runtime.decoding.row import Row, prompt_keys
 from mcv_runtime.decoding.shared_work import SharedWork
 from mcv_runtime.decoding.slots import Slots
@@ -27,12 +28,6 @@ from mcv_runtime.vision.encoder import VisionEncoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-_BESIDE_S, _ALONE_S = 0.4, 4.0
-"""How long a piece of a prompt may take: while others wait for their next token, and while nobody does."""
-_FIRST_CHUNK = 64
-"""Tokens of a piece that shows how fast this machine reads."""
-_SMALLEST_CHUNK = 16
 
 
 class Scheduler:
@@ -54,7 +49,7 @@ class Scheduler:
         self._long_is_due = False
         self._oldest_is_due = True
         self._side: Literal["vision", "decoder"] = "vision"
-        self._token_s: float | None = None  # of a prompt, as measured
+        self._pace = PromptPace()
         self._slice_s = 0.0
 
     def submit(self, job: Job) -> None:
@@ -262,7 +257,7 @@ class Scheduler:
         """Seconds of work before a job's first token, about."""
         read = job.rows[0].length if job.rows else 0
         tokens = 0 if job.prompt is None else len(job.prompt.ids) - read
-        return job.slices_left * self._slice_s + tokens * (self._token_s or 0)
+        return job.slices_left * self._slice_s + tokens * (self._pace.token_s or 0)
 
     def _advance(self, job: Job, *, beside: bool) -> bool:
         """One long thing for a job; False if there is no memory for it yet, or another one makes the same picture."""
@@ -303,7 +298,7 @@ class Scheduler:
         assert job.keys is not None and job.embeds is not None
         prompt, first = job.prompt, row.length
         stop = next(stop for stop in job.stops if stop > first)
-        end = min(stop, first + self._chunk(job, beside=beside))
+        end = min(stop, first + self._pace.tokens(job.chunk, beside=beside))
         places = prompt.visual_positions
         from_, to = np.searchsorted(places, (first, end))
         logits = self.decoder.read(
@@ -320,9 +315,7 @@ class Scheduler:
         if end == stop:
             self.slots.checkpoint(row)
         seconds = time.perf_counter() - start
-        token_s = seconds / (end - first)
-        if end - first >= _FIRST_CHUNK or token_s < (self._token_s or 0):  # of a short piece, most is reading the weights
-            self._token_s = token_s
+        self._pace.note(end - first, seconds)
         job.took("prefill", seconds)
         job.report("prompt", end, len(prompt.ids))
         if end == len(prompt.ids):
@@ -344,13 +337,6 @@ class Scheduler:
             return False
         job.rows, job.reused = [row], row.length
         return True
-
-    def _chunk(self, job: Job, *, beside: bool) -> int:
-        """How many tokens of a prompt to read now."""
-        if self._token_s is None:
-            return min(_FIRST_CHUNK, job.chunk)
-        fit = int((_BESIDE_S if beside else _ALONE_S) / self._token_s)
-        return max(min(fit // _SMALLEST_CHUNK * _SMALLEST_CHUNK, job.chunk), min(_SMALLEST_CHUNK, job.chunk))
 
     # Ends
 

@@ -8,7 +8,7 @@ from mcv_runtime import EngineInfo
 from mcv_serve.asked import Asked, PictureUrl, Turn, Visual
 from mcv_serve.errors import ApiError
 from mcv_serve.ollama.schema import OllamaChatBody, OllamaGenerateBody, OllamaMessage, OllamaOptions
-from mcv_serve.openai.asking import asked_of, tools_of
+from mcv_serve.openai.asking import asked_of, drawing_options, tools_of
 from mcv_serve.settings import Settings
 
 _MARK = "[img]"
@@ -76,16 +76,8 @@ def _options(body: OllamaChatBody | OllamaGenerateBody, info: EngineInfo, settin
     options = {ours: value for name, ours in _COPIED.items() if (value := getattr(given, name)) not in (None, "", [])}
     told = body.temperature if given.temperature is None else given.temperature
     temperature = settings.temperature if told is None else told
-    if temperature > 0:
-        options["temperature"] = temperature
-        if given.top_k is not None and given.top_k > 0:
-            options["top_k"] = given.top_k
-        if given.top_p is not None:
-            options["top_p"] = max(given.top_p, 1e-9)
-        if given.min_p is not None:
-            options["min_p"] = given.min_p
-        if given.seed is not None and given.seed >= 0:
-            options["seed"] = given.seed
+    seed = given.seed if given.seed is not None and given.seed >= 0 else None
+    options |= drawing_options(temperature, given.top_k, given.top_p, given.min_p, seed)
     longest = body.max_tokens if given.num_predict is None else given.num_predict
     if longest is not None and longest > 0:
         options["max_new_tokens"] = longest

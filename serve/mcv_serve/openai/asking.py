@@ -94,21 +94,31 @@ def sampling_options(body: Sampling, settings: Settings, slices: int | None = No
     temperature = body.temperature
     if temperature is None:
         temperature = settings.temperature or (1.0 if (body.n or 1) > 1 else 0.0)
-    if temperature > 0:
-        options["temperature"] = temperature
-        if body.top_k is not None and body.top_k > 0:
-            options["top_k"] = body.top_k
-        if body.top_p is not None:
-            options["top_p"] = max(body.top_p, 1e-9)
-        if body.min_p is not None:
-            options["min_p"] = body.min_p
-        if body.seed is not None:
-            options["seed"] = body.seed % 2**64
+    seed = None if body.seed is None else body.seed % 2**64
+    options |= drawing_options(temperature, body.top_k, body.top_p, body.min_p, seed)
     if body.logit_bias:
         options["logit_bias"] = {_token_id(name): value for name, value in body.logit_bias.items()}
     guard = settings.repeat_guard if body.repeat_guard is None else body.repeat_guard
     if guard:
         options["repeat_guard"] = guard
+    return options
+
+
+def drawing_options(
+    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, seed: int | None
+) -> dict[str, Any]:
+    """Options that count where tokens are drawn; none without a temperature. A `top_k` below 1 is none."""
+    if temperature <= 0:
+        return {}
+    options: dict[str, Any] = {"temperature": temperature}
+    if top_k is not None and top_k > 0:
+        options["top_k"] = top_k
+    if top_p is not None:
+        options["top_p"] = max(top_p, 1e-9)
+    if min_p is not None:
+        options["min_p"] = min_p
+    if seed is not None:
+        options["seed"] = seed
     return options
 
 

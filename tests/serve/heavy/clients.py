@@ -11,10 +11,10 @@ import argparse
 import asyncio
 import base64
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
+
+from served import served
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it fetches a list of prices
 QUESTION, ANSWER = "What does the text say?", "HELLO"
@@ -88,16 +88,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", required=True)
     given = parser.parse_args()
-    command = [given.server, "-m", "mcv_serve.command", "--port", "0", "--threads", "1"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     failed = 0
-    try:
-        address = ""
-        for line in server.stderr:
-            if found := re.search(r"running on (http://\S+)", line):
-                address = found[1]
-            if "is ready" in line:
-                break
+    with served(given.server) as address:
         for check in (check_litellm, check_langchain, check_llama_index):
             try:
                 check(address)
@@ -105,10 +97,6 @@ def main() -> int:
             except Exception as error:
                 failed = 1
                 print(f"{check.__name__.removeprefix('check_')}: {type(error).__name__}: {str(error)[:1000]}")
-    finally:
-        server.terminate()
-        server.wait()
-        server.stderr.close()
     return failed
 
 

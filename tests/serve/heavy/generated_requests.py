@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
+
+from served import served
 
 
 def main() -> int:
@@ -22,16 +23,7 @@ def main() -> int:
     parser.add_argument("--server", default=sys.executable, help="Python that has mcv_serve")
     given = parser.parse_args()
     names = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
-    limits = ["--max-tokens", "16", "--deadline", "60", "--body-s", "20"]
-    command = [given.server, "-m", "mcv_serve.command", "--port", "0", "--threads", "1", *limits]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        address = ""
-        for line in server.stderr:
-            if found := re.search(r"running on (http://\S+)", line):
-                address = found[1]
-            if "is ready" in line:
-                break
+    with served(given.server, "--max-tokens", "16", "--deadline", "60", "--body-s", "20") as address:
         # every operation gets its share, over several runs with other seeds until there are enough
         seen, seed, failed = 0, given.seed, 0
         while seen < given.requests:
@@ -54,10 +46,6 @@ def main() -> int:
             seen, seed = seen + now, seed + 1
         print(json.dumps({"requests": seen, "seeds": seed - given.seed, "failed": bool(failed)}))
         return failed
-    finally:
-        server.terminate()
-        server.wait()
-        server.stderr.close()
 
 
 if __name__ == "__main__":
