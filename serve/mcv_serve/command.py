@@ -13,6 +13,7 @@ import typer
 
 from mcv_runtime import OptionError, load
 from mcv_runtime.command import terminal
+from mcv_runtime.command.cli_options import MACHINE, CacheDir, CacheDirMb, Kv, LowMemory, MemoryMb, Provider, Threads
 from mcv_runtime.files import at_home, read_text
 from mcv_runtime.pictures.images import MAX_PIXELS
 from mcv_serve.server import Server, serve
@@ -22,7 +23,7 @@ from mcv_serve.state_routes import server_version
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 _DEFAULT = Settings()
-_MODEL, _LIMITS, _SAFETY, _MACHINE = "Model and network", "Limits", "Safety", "Machine"
+_NETWORK, _LIMITS, _SAFETY = "Name and network", "Limits", "Safety"
 
 
 def _option(*names: str, help: str, panel: str) -> Any:  # noqa: A002 - typer's name
@@ -38,14 +39,14 @@ def _print_version(wanted: bool) -> None:
 @app.command()
 def run(
     bundle: Annotated[Path | None, typer.Argument(help="Folder of the model; else $MCV_BUNDLE, else the demo.")] = None,
-    host: Annotated[str, _option("--host", help="Address to listen at.", panel=_MODEL)] = "127.0.0.1",
-    port: Annotated[int, _option("--port", "-p", help="Port to listen at.", panel=_MODEL)] = 8000,
-    model_name: Annotated[str | None, _option("--model-name", help="What to call the model.", panel=_MODEL)] = None,
+    host: Annotated[str, _option("--host", help="Address to listen at.", panel=_NETWORK)] = "127.0.0.1",
+    port: Annotated[int, _option("--port", "-p", help="Port to listen at.", panel=_NETWORK)] = 8000,
+    model_name: Annotated[str | None, _option("--model-name", help="What to call the model.", panel=_NETWORK)] = None,
     temperature: Annotated[
-        float, _option("--temperature", help="Of requests that name none; 0: the likeliest tokens.", panel=_MODEL)
+        float, _option("--temperature", help="Of requests that name none; 0: the likeliest tokens.", panel=_NETWORK)
     ] = _DEFAULT.temperature,
     repeat_guard: Annotated[
-        int, _option("--repeat-guard", help="End answers whose last N tokens say one thing over and over.", panel=_MODEL)
+        int, _option("--repeat-guard", help="End answers whose last N tokens say one thing over and over.", panel=_NETWORK)
     ] = _DEFAULT.repeat_guard,
     concurrent: Annotated[
         int, _option("--concurrent", help="Requests that are computed together.", panel=_LIMITS)
@@ -89,27 +90,19 @@ def run(
     isolate: Annotated[
         bool, _option("--isolate", help="Decode pictures in a process that may open nothing.", panel=_SAFETY)
     ] = False,
-    threads: Annotated[
-        int | None, _option("--threads", "-t", help="Threads; by default one per physical core.", panel=_MACHINE)
-    ] = None,
-    memory_mb: Annotated[
-        float | None, _option("--memory-mb", help="Most megabytes besides the weights.", panel=_MACHINE)
-    ] = None,
-    cache_dir: Annotated[
-        Path | None, _option("--cache-dir", help="Folder for encoded pictures, which outlive the process.", panel=_MACHINE)
-    ] = None,
-    cache_dir_mb: Annotated[float | None, _option("--cache-dir-mb", help="How large it may become.", panel=_MACHINE)] = None,
+    threads: Threads = None,
+    memory_mb: MemoryMb = None,
+    cache_dir: CacheDir = None,
+    cache_dir_mb: CacheDirMb = None,
     save_state: Annotated[
-        Path | None, _option("--save-state", help="File for the beginnings that were read, for a restart.", panel=_MACHINE)
+        Path | None, _option("--save-state", help="File for the beginnings that were read, for a restart.", panel=MACHINE)
     ] = None,
     save_s: Annotated[
-        float, _option("--save-every", help="Seconds between savings of that while nobody asks.", panel=_MACHINE)
+        float, _option("--save-every", help="Seconds between savings of that while nobody asks.", panel=MACHINE)
     ] = _DEFAULT.save_s,
-    low_memory: Annotated[
-        bool, _option("--low-memory", help="Hold either the vision graphs or the decoder.", panel=_MACHINE)
-    ] = False,
-    kv: Annotated[str | None, _option("--kv", help="int8: keys and values in 8 bits.", panel=_MACHINE)] = None,
-    provider: Annotated[str | None, _option("--provider", help="What of ONNX Runtime computes.", panel=_MACHINE)] = None,
+    low_memory: LowMemory = False,
+    kv: Kv = None,
+    provider: Provider = None,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,

@@ -17,7 +17,7 @@ from mcv_runtime.errors import OptionError
 from mcv_runtime.request import options
 from mcv_runtime.request.options import Options
 
-_ASKING, _PICTURES, _MODES, _MACHINE = "What to ask", "Pictures and videos", "More than one question", "Model and machine"
+_ASKING, _PICTURES, _MODES, MACHINE = "What to ask", "Pictures and videos", "More than one question", "Model and machine"
 _EITHER_WAY = "use_image_id"
 """The option that can be switched off as well as on; the others are off unless they are named."""
 _PANELS = {
@@ -25,7 +25,7 @@ _PANELS = {
     options.PICTURES: _PICTURES,
     options.TOKENS: "How tokens are chosen",
     options.END: "Where and how an answer ends",
-    options.MACHINE: _MACHINE,
+    options.MACHINE: MACHINE,
 }
 
 
@@ -68,30 +68,30 @@ BatchSize: TypeAlias = Annotated[
 MaxPixels: TypeAlias = Annotated[int, _option("--max-pixels", help="Refuse larger pictures.", panel=_PICTURES)]
 
 BundleFolder: TypeAlias = Annotated[
-    Path | None, _option("-m", "--bundle", help="Folder of the model; else $MCV_BUNDLE, else the demo.", panel=_MACHINE)
+    Path | None, _option("-m", "--bundle", help="Folder of the model; else $MCV_BUNDLE, else the demo.", panel=MACHINE)
 ]
 Threads: TypeAlias = Annotated[
-    int | None, _option("-t", "--threads", help="Threads; by default one per physical core.", panel=_MACHINE)
+    int | None, _option("-t", "--threads", help="Threads; by default one per physical core.", panel=MACHINE)
 ]
 MemoryMb: TypeAlias = Annotated[
     float | None,
-    _option("--memory-mb", help="Most megabytes to hold besides the weights; else a quarter of the machine's.", panel=_MACHINE),
+    _option("--memory-mb", help="Most megabytes to hold besides the weights; else a quarter of the machine's.", panel=MACHINE),
 ]
-NoReuse: TypeAlias = Annotated[bool, _option("--no-reuse", help="Keep nothing of earlier questions.", panel=_MACHINE)]
+NoReuse: TypeAlias = Annotated[bool, _option("--no-reuse", help="Keep nothing of earlier questions.", panel=MACHINE)]
 CacheDir: TypeAlias = Annotated[
-    Path | None, _option("--cache-dir", help="Folder for encoded pictures, so that later runs need not.", panel=_MACHINE)
+    Path | None, _option("--cache-dir", help="Folder for encoded pictures, so that later runs need not.", panel=MACHINE)
 ]
-CacheDirMb: TypeAlias = Annotated[float | None, _option("--cache-dir-mb", help="How large it may become.", panel=_MACHINE)]
+CacheDirMb: TypeAlias = Annotated[float | None, _option("--cache-dir-mb", help="How large it may become.", panel=MACHINE)]
 LowMemory: TypeAlias = Annotated[
-    bool, _option("--low-memory", help="Hold either the vision graphs or the decoder, never both.", panel=_MACHINE)
+    bool, _option("--low-memory", help="Hold either the vision graphs or the decoder, never both.", panel=MACHINE)
 ]
 Kv: TypeAlias = Annotated[
     str | None,
-    _option("--kv", help="int8: keep keys and values in a quarter of the memory, if the bundle can.", panel=_MACHINE),
+    _option("--kv", help="int8: keep keys and values in a quarter of the memory, if the bundle can.", panel=MACHINE),
 ]
 Provider: TypeAlias = Annotated[
     str | None,
-    _option("--provider", help="What of ONNX Runtime computes: cpu, cuda, openvino, ...", panel=_MACHINE),
+    _option("--provider", help="What of ONNX Runtime computes: cpu, cuda, openvino, ...", panel=MACHINE),
 ]
 
 
