@@ -16,7 +16,7 @@ from mcv_serve.errors import ApiError, dialect_of
 from mcv_serve.ollama import routes as ollama
 from mcv_serve.ollama.schema import OllamaChatBody, OllamaGenerateBody, OllamaShowBody
 from mcv_serve.openai import chat, completions, models, responses
-from mcv_serve.openai.responses import ResponsesBody
+from mcv_serve.openai.responses_schema import ResponsesBody
 from mcv_serve.openai.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from mcv_serve.security import HEALTH, ApiKeys, Failures, SecurityHeaders
 from mcv_serve.service import Service
