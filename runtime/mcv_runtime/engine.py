@@ -323,8 +323,10 @@ class Engine:
     def warm_up(self) -> None:
         """Run every graph once, so that the first request takes no longer than the others."""
         side = self.bundle.manifest.image.scale_resolution
-        self.ask(np.zeros((side, side, 3), np.uint8), "Hi", max_new_tokens=2, max_slice_nums=1)
-        self.forget()
+        black = self._preparer.slice(np.zeros((side, side, 3), np.uint8), PictureOptions(max_slice_nums=1))
+        with self._scheduler.work.exclusive():
+            self._vision.warm_up(black)
+        self.ask(None, "Hi", max_new_tokens=2)
 
     def forget(self) -> None:
         """Forget what earlier requests have read, and the pictures in memory; conversations keep their own."""

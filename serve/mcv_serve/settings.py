@@ -5,58 +5,52 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mcv_runtime import OptionError
+
+NETWORK, LIMITS, SAFETY, MACHINE = "Name and network", "Limits", "Safety", "Model and machine"
+
+
+def _setting(default: Any, group: str, meaning: str, flag: str | None = None) -> Any:
+    """A field, what it means, and the flag that sets it (default: its name)."""
+    return field(default=default, metadata={"group": group, "help": meaning, "flag": flag})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Of one server, besides those of its engine."""
+    """Of one server, besides those of its engine; `mcv-serve` has a flag for each but the keys."""
 
-    model_name: str | None = None
-    """What the model is called in answers; by default as its bundle says."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Whoever shows one of these is served; empty: everybody is."""
-    concurrent: int = 16
-    """Requests that are prepared or computed at the same time."""
-    queue: int = 2048
-    """Requests that wait for that; more are refused with 429."""
-    queue_mb: float = 2048.0
-    """Most of texts and pictures of all requests that wait or are computed."""
-    deadline_s: float = 1800.0
-    """After so many seconds an answer ends as far as it is."""
-    drain_s: float = 30.0
-    """How long what runs may go on after SIGTERM."""
-    keep_alive_s: float = 15.0
-    """A stream that is silent so long gets a comment, so that no proxy takes it for dead."""
-    body_mb: float = 64.0
-    body_s: float = 60.0
-    """How long a client may take to send its request."""
-    pictures: int = 64
-    """Pictures and videos of one request."""
-    picture_mb: float = 20.0
-    """Of one that is fetched or sent, still encoded."""
-    max_tokens: int | None = None
-    """Longest answer that a request may ask for."""
-    answers: int = 16
-    """Most `n` of a request."""
-    temperature: float = 0.0
-    """Of requests that name none."""
-    repeat_guard: int = 0
-    """End answers whose last so many tokens say one thing over and over; 0: do not."""
-    image_hosts: tuple[str, ...] = ()
-    """From where pictures may be fetched, by https alone; empty: from nowhere."""
-    fetch_s: float = 20.0
-    origins: tuple[str, ...] = ()
-    """Origins of pages that a browser may let ask (CORS); `*`: of all."""
-    log_content: bool = False
-    """Write what is asked and answered into the log."""
-    isolate: bool = False
-    """Decode pictures in a process of their own that may open no file and no connection."""
-    state: Path | None = None
-    """Where the beginnings that were read are kept over a restart."""
-    save_s: float = 300.0
-    """How often that is written while nobody asks, so that a killed process leaves something."""
+    model_name: str | None = _setting(None, NETWORK, "What to call the model; by default as its bundle says.")
+    temperature: float = _setting(0.0, NETWORK, "Of requests that name none; 0: the likeliest tokens.")
+    repeat_guard: int = _setting(0, NETWORK, "End answers whose last N tokens say one thing over and over; 0: do not.")
+    concurrent: int = _setting(16, LIMITS, "Requests that are prepared or computed together.")
+    queue: int = _setting(2048, LIMITS, "Requests that may wait for that; more are refused with 429.")
+    queue_mb: float = _setting(2048.0, LIMITS, "Most of texts and pictures of all requests that wait or are computed.")
+    deadline_s: float = _setting(1800.0, LIMITS, "Seconds after which an answer ends as far as it is.", "--deadline")
+    drain_s: float = _setting(30.0, LIMITS, "Seconds that requests may go on after SIGTERM.", "--drain")
+    keep_alive_s: float = _setting(15.0, LIMITS, "A stream says something at least so often (s).", "--keep-alive")
+    body_mb: float = _setting(64.0, LIMITS, "Largest request.")
+    body_s: float = _setting(60.0, LIMITS, "Seconds that a client may take to send one.")
+    pictures: int = _setting(64, LIMITS, "Pictures and videos of a request.")
+    picture_mb: float = _setting(20.0, LIMITS, "Largest picture, still encoded.")
+    max_tokens: int | None = _setting(None, LIMITS, "Longest answer that may be asked for.")
+    answers: int = _setting(16, LIMITS, "Most n of a request.")
+    image_hosts: tuple[str, ...] = _setting(
+        (), SAFETY, "A host from which pictures may be fetched, by https; may be repeated.", "--allow-image-host"
+    )
+    fetch_s: float = _setting(20.0, SAFETY, "Seconds to fetch a picture.")
+    origins: tuple[str, ...] = _setting(
+        (), SAFETY, "Origin of pages that a browser may let ask (CORS); *: all.", "--allow-origin"
+    )
+    log_content: bool = _setting(False, SAFETY, "Let what is asked and answered stand in the log.")
+    isolate: bool = _setting(False, SAFETY, "Decode pictures in a process that may open no file and no connection.")
+    state: Path | None = _setting(  # noqa: RUF009 - it makes a field
+        None, MACHINE, "File for the beginnings that were read, for a restart.", "--save-state"
+    )
+    save_s: float = _setting(300.0, MACHINE, "Seconds between savings of that while nobody asks.", "--save-every")
 
     def __post_init__(self) -> None:
         for name in ("concurrent", "pictures", "answers"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mcv_runtime import OptionError, Options, Request, RunError, load
+from mcv_runtime.vision.tower import Tower
 
 DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
 CAPTION, SAID = "Describe the picture.", "a red circle and the text HELLO"
@@ -330,12 +331,28 @@ def test_what_an_engine_says_of_itself(engine, engine_of):
     )
     assert info.precisions["decoder_with_past"] == "q8"
     assert engine_of("minicpmv4_6").info().downsample_modes == ("16x", "4x")
-    engine.warm_up()
-    assert (engine.memory().kept, engine.memory().running) == (0, 0)
     engine.ask(DEMO, TEXT)
     use = engine.memory()
     assert use.kept > 0 < use.pictures
     assert use.kept + use.pictures < use.limit
+
+
+def test_warming_up_runs_every_graph_and_leaves_what_others_have(tmp_path, monkeypatch):
+    runs = []
+    encode = Tower.encode
+    monkeypatch.setattr(Tower, "encode", lambda *args: runs.append(args) or encode(*args))
+    with load(threads=1, cache_dir=tmp_path) as engine:
+        engine.warm_up()
+        assert len(runs) == 1
+        assert not any(tmp_path.iterdir()) and engine.memory().pictures == 0
+        engine.ask(DEMO, TEXT, max_new_tokens=2)
+        pictures, stored = engine.memory().pictures, sorted(tmp_path.iterdir())
+        read = len(runs)
+        engine.warm_up()
+        assert len(runs) == read + 1
+        assert (engine.memory().pictures, sorted(tmp_path.iterdir())) == (pictures, stored)
+        assert engine.ask(DEMO, TEXT, max_new_tokens=2).reused_tokens > 0
+        assert len(runs) == read + 1
 
 
 def test_closing_ends_what_is_under_way():
@@ -372,6 +389,21 @@ def test_coroutines(engine):
     assert texts == [SAID, "HELLO"] * 4 + [SAID]
     assert ticket.result().stop_reason == "cancelled"
     assert sum(engine._scheduler.load) == 0
+
+
+@pytest.mark.waits
+def test_a_coroutine_that_is_cancelled_leaves_the_answer_to_others(engine):
+    async def asked():
+        ticket = engine.submit(request())
+        with engine._scheduler.work.exclusive():
+            first, second = (asyncio.ensure_future(ticket._finished()) for _ in range(2))
+            await asyncio.sleep(0)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+        return (await second).text
+
+    assert asyncio.run(asked()) == SAID
 
 
 def test_a_callback_may_ask_the_same_engine(engine):

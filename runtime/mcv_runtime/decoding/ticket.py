@@ -100,7 +100,8 @@ class Ticket(Iterator[str], AsyncIterator[str]):
                 await woken.wait()
                 woken.clear()
         except asyncio.CancelledError:
-            self.cancel()
+            if self._job.wakers == [wake]:  # no other coroutine waits for the same answer
+                self.cancel()
             raise
         finally:
             self._job.wakers.remove(wake)

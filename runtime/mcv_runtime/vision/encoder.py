@@ -101,6 +101,11 @@ class VisionEncoder:
             for key, p in zip(keys, pictures, strict=True)
         )
 
+    def warm_up(self, picture: SlicedPicture) -> None:
+        """Run the graphs on a picture, even one that is known, and keep nothing of it."""
+        for group in grouped(self._cells("", picture)):
+            self._run_batch(group, 0, 1)
+
     def _missing(
         self, wanted: Mapping[str, SlicedPicture], found: dict[str, Embeds], report: Report
     ) -> dict[str, SlicedPicture]:
