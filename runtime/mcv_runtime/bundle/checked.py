@@ -13,7 +13,6 @@ import platform
 import tempfile
 from collections.abc import Collection
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mcv_runtime.files import at_home, read_regular
@@ -40,6 +39,8 @@ def cache_folder() -> Path | None:
 @cache
 def code_version() -> str:
     """Whose results a cache holds: a part of its keys, so that what another version kept is not found."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
     try:
         return version("minicpmv-onnx")
     except PackageNotFoundError:  # a copy of the sources alone

@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from mcv_runtime.errors import BundleCorruptError, shown
@@ -79,10 +80,15 @@ def parse(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
 def _parse_object(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise BundleCorruptError(f"{where} must be an object")
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for name in value.keys() - fields.keys():
         raise BundleCorruptError(f"{where} has the unknown key {shown(name)}; is the bundle newer than this runtime?")

@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +40,8 @@ _DEMO = (
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import PackageNotFoundError, version  # slow to import
+
         try:
             typer.echo(f"mcv-run {version('minicpmv-onnx')}")
         except PackageNotFoundError:

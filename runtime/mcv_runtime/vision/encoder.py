@@ -119,7 +119,8 @@ class VisionEncoder:
 
     def _key(self, picture: SlicedPicture, longest: int) -> str:
         seen = longest if self._image.positions == "strip" else 0
-        return hashlib.sha256(f"{picture.fingerprint} {self.identity} {seen} {code_version()}".encode()).hexdigest()
+        version = code_version() if self.cache.lasting else ""
+        return hashlib.sha256(f"{picture.fingerprint} {self.identity} {seen} {version}".encode()).hexdigest()
 
     def _made(
         self, pictures: Mapping[str, SlicedPicture], longest: int, report: Report, at_once: Callable[[], int]

@@ -34,6 +34,11 @@ class PictureCache:
         self.nbytes = 0
         """Bytes of embeddings that are kept in memory."""
 
+    @property
+    def lasting(self) -> bool:
+        """Whether what it keeps outlives this process."""
+        return self._store is not None
+
     def clear(self) -> None:
         """Forget what is in memory; the store keeps its own."""
         self._kept.clear()
