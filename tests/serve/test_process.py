@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import httpx
 import pytest
@@ -24,12 +26,13 @@ CHAT = "/v1/chat/completions"
 class Command:
     """`mcv-serve` with those arguments, and a client of it once it is ready."""
 
-    def __init__(self, *arguments, **environment):
+    def __init__(self, *arguments, file_bytes=None, **environment):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mcv_serve.command", "--port", "0", "--threads", "1", *map(str, arguments)],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **environment},
+            preexec_fn=file_bytes and partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_bytes, file_bytes)),
         )
         self.log = []
         port = None
@@ -55,8 +58,8 @@ class Command:
 
 
 @contextmanager
-def command(*arguments, **environment):
-    running = Command(*arguments, **environment)
+def command(*arguments, **more):
+    running = Command(*arguments, **more)
     try:
         yield running
     finally:
@@ -132,6 +135,19 @@ def test_two_servers_on_one_cache_folder(tmp_path):
         assert 'mcv_pictures_total{cache="miss"} 1.0' in first.client.get("/metrics").text
         assert (first.ended(), second.ended()) == (0, 0)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_costs_what_would_be_kept_and_no_answer(tmp_path):
+    """A limit of the size of a file lets a write fail halfway, as a full disk does."""
+    pictures, state = tmp_path / "pictures", tmp_path / "state"
+    with command("--cache-dir", pictures, "--save-state", state, "--save-every", "0.05", file_bytes=4096) as running:
+        ask(running)
+        ask(running)
+        assert running.client.get("/ready").status_code == 200
+        assert running.ended() == 0
+        assert any("WARNING" in line and str(state) in line for line in running.log)
+        assert not any("Traceback" in line for line in running.log)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_bundle_that_changes_while_it_is_served(tmp_path):
