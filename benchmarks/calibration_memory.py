@@ -93,7 +93,7 @@ def calibrate(folder: Path, pictures: int, threads: int) -> dict[str, Any]:
         builtin_samples(pictures),
         GraphRecipe(precision="int8-static"),
         inputs,
-        lambda path: (rows for _, rows in sources[f"{path}.weight"].chunks()),
+        lambda path: sources[f"{path}.weight"].pieces(),
         Store("benchmark", folder / "store"),
         progress,
     )

@@ -24,8 +24,11 @@ sys.path.insert(0, str(TINY))
 
 from scenes import held_out  # noqa: E402 - models/tiny is a folder of scripts, not a package
 
+from mcv_calibration.measured import NOTHING  # noqa: E402
 from mcv_calibration.samples import Sample, builtin_samples  # noqa: E402
 from mcv_export.build import BuildOptions, build  # noqa: E402
+from mcv_export.checkpoint import open_checkpoint  # noqa: E402
+from mcv_export.families import recognise  # noqa: E402
 from mcv_export.int8_cache import HEADROOM, Cache, cache_peaks, read_samples  # noqa: E402
 from mcv_runtime.bundle.folder import Bundle  # noqa: E402
 
@@ -63,10 +66,12 @@ def main() -> None:
     theta, width = config["rope_theta"], config["hidden_size"] // config["num_attention_heads"]
     with tempfile.TemporaryDirectory() as folder:
         bundle = Bundle.open(build(TINY / "checkpoint", Path(folder) / "bundle", BuildOptions(precision="fp32")).folder)
-        seen = list(read_samples(bundle, builtin_samples(16).samples))
+        checkpoint = open_checkpoint(TINY / "checkpoint")
+        origin = recognise(checkpoint.config).plan(checkpoint).graphs[-1], checkpoint, NOTHING
+        seen = list(read_samples(bundle, *origin, builtin_samples(16).samples))
         asked = [Sample(example.images, example.question) for example in held_out(arguments.count)]
-        caches = list(read_samples(bundle, asked))
-    keys = dict.fromkeys((name for name in seen[0] if name.endswith("key")), width)
+        caches = list(read_samples(bundle, *origin, asked))
+    keys = dict.fromkeys((name for cache in seen for name in cache if name.endswith("key")), width)
     scales = {"largest seen": cache_peaks(seen, {}), "length of the pair": cache_peaks(seen, keys)}
     table = {how: {str(first): error(caches, peaks, first, theta) for first in POSITIONS} for how, peaks in scales.items()}
     print("| position | " + " | ".join(table) + " |\n|---|" + "---|" * len(table))

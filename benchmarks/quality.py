@@ -24,7 +24,7 @@ from outliers import Kind, add_outliers  # noqa: E402
 from questions import Example  # noqa: E402 - models/tiny is a folder of scripts, not a package
 from scenes import held_out  # noqa: E402
 
-from mcv_calibration.recipe import Precision  # noqa: E402
+from mcv_calibration.precisions import Precision  # noqa: E402
 from mcv_export.build import BuildOptions, build  # noqa: E402
 from mcv_export.calibrate import SampleOptions  # noqa: E402
 from mcv_export.precision import Wishes  # noqa: E402

@@ -25,11 +25,13 @@ from full_size import _cpu
 from torch import nn
 
 from mcv_calibration.measured import NOTHING
-from mcv_calibration.recipe import GraphRecipe, Precision, Recipe
+from mcv_calibration.precisions import Precision
+from mcv_calibration.recipe import GraphRecipe, Recipe
 from mcv_export.calibrate import SampleOptions, calibrate
 from mcv_export.checkpoint import open_checkpoint
 from mcv_export.families import recognise
 from mcv_export.graph_files import storage_of, write_graph
+from mcv_export.workers import workers
 from mcv_graphs.layers import Linear
 from mcv_runtime.bundle.manifest import GraphName, GraphSpec
 from mcv_runtime.pictures.picture import slice_picture
@@ -91,7 +93,8 @@ def main() -> None:
             found = calibrate(plan, checkpoint, recipe, samples, lambda what, done, total: print(what, done, total))
             storage = storage_of(graph, recipe.graphs[graph.name], recipe.target, found.graphs.get(graph.name, NOTHING))
             path = Path(name) / f"{precision}.onnx"
-            data = write_graph(graph, storage, checkpoint, path, lambda *_: None)
+            with workers() as pool:
+                data = write_graph(graph, storage, checkpoint, path, lambda *_: None, pool)
             sizes[precision] = data.path.stat().st_size / 1e6
             session = cpu_session(path, session_options(arguments.threads))
             spec = GraphSpec(file=path.name, precision=precision, inputs=graph.io.all_inputs, outputs=graph.io.all_outputs)

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mcv_calibration.grids import Floats, Grid, nearest
 from mcv_calibration.hqq import hqq
 from mcv_calibration.k_quant import k_quant
-from mcv_graphs.layers import WeightFormat
+from mcv_graphs.formats import WeightFormat
+from mcv_graphs.ops import dequantize
 from mcv_runtime.errors import OptionError
 
 Method = Literal["rtn", "k-quant", "hqq"]
@@ -42,12 +44,13 @@ def quantize_rows(rows_NK: Floats, weights: WeightFormat, method: Method = "rtn"
     count, size = weights.blocks(width), weights.block_size
     result = BlockRows(rows, width, weights)
     step = max(_TILE_BLOCKS // count, 1)
-    tile = np.zeros((min(step, rows), count * size), np.float32)
-    spread = None if importance_K is None else _spread(importance_K, count, size, len(tile))
+    spread = None if importance_K is None else _spread(importance_K, count, size, min(step, rows))
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        tile[: last - first, :width] = rows_NK[first:last]
-        values = np.ascontiguousarray(tile[: last - first].reshape(-1, size).T)
+        tile = rows_NK[first:last]
+        if width < count * size:
+            tile = np.pad(tile, [(0, 0), (0, count * size - width)])
+        values = np.ascontiguousarray(tile.reshape(-1, size).T)
         here = None if spread is None else spread[:, : values.shape[1]]
         result.put(first, last, values, _grid(values, weights, method, here))
     return result.blocks()
@@ -66,7 +69,8 @@ class BlockRows:
     def put(self, first: int, last: int, values_SM: Floats, grid: Grid) -> None:
         """All blocks of rows [first, last), row by row."""
         steps = grid.steps(values_SM).astype(np.uint8)
-        self._qweight[first:last] = _pack(steps, self._bits).T.reshape(self._qweight[first:last].shape)
+        packed = _pack(steps, self._bits)
+        self._qweight[first:last].reshape(-1, len(packed))[...] = packed.T
         self._scales[first:last] = grid.scales.reshape(last - first, -1)
         self._zeros[first:last] = grid.zeros.reshape(last - first, -1)
 
@@ -83,13 +87,9 @@ class BlockRows:
 
 def dequantize_rows(blocks: Blocks, weights: WeightFormat, width: int) -> Floats:
     """What the blocks stand for: [N, width] float32."""
-    steps = _unpack(blocks.qweight, weights.bits)
-    if blocks.zero_points is None:
-        steps -= np.float32(2 ** (weights.bits - 1))
-    else:
-        steps -= _unpack(blocks.zero_points, weights.bits)[:, : blocks.scales.shape[1], None]
-    steps *= blocks.scales[..., None]
-    return np.ascontiguousarray(steps.reshape(len(steps), -1)[:, :width])
+    zeros = None if blocks.zero_points is None else torch.from_numpy(blocks.zero_points)
+    values = dequantize(torch.from_numpy(blocks.qweight), torch.from_numpy(blocks.scales), zeros, weights.bits)
+    return np.ascontiguousarray(values[:, :width].numpy())
 
 
 def _grid(values_SM: Floats, weights: WeightFormat, method: Method, importance_SM: Floats | None) -> Grid:
@@ -112,10 +112,3 @@ def _pack(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if len(values) % 2:
         values = np.pad(values, [(0, 1)] + [(0, 0)] * (values.ndim - 1))
     return (values[::2] | values[1::2] << 4).astype(np.uint8, copy=False)
-
-
-def _unpack(packed: NDArray[np.uint8], bits: int) -> Floats:
-    """The values of the last axis; 4-bit ones come low half first."""
-    if bits == 8:
-        return packed.astype(np.float32)
-    return np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1).astype(np.float32)

@@ -38,9 +38,7 @@ class Grid:
         steps = values_SM * self.inverse
         np.rint(steps, out=steps)
         steps += self.zeros
-        np.maximum(steps, 0, out=steps)
-        np.minimum(steps, np.float32(self.levels), out=steps)
-        return steps
+        return np.clip(steps, 0, np.float32(self.levels), out=steps)
 
     def values(self, steps_SM: Floats) -> Floats:
         """What each q stands for."""

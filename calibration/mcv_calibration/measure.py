@@ -24,6 +24,7 @@ from mcv_calibration.channels import Channels
 from mcv_calibration.histogram import Histogram
 from mcv_calibration.inputs import LayerInput
 from mcv_calibration.measured import Measured, Range
+from mcv_calibration.precisions import PRECISIONS
 from mcv_calibration.ranges import find_range
 from mcv_calibration.recipe import GraphRecipe
 from mcv_calibration.samples import Sample, SampleSet
@@ -73,7 +74,7 @@ def measure(
     store: Store,
     progress: Progress | None = None,
 ) -> Measured:
-    """Ranges and factors for the layers that `recipe` makes int8-static.
+    """Ranges and factors for the layers whose precision needs them beforehand.
 
     `run` puts a sample through an engine whose graph is `module`. `inputs` are `layer_inputs(module)`; all of them are watched
     whatever the recipe says, so that another recipe finds them in the store. Factors are given for every layer of an input,
@@ -83,7 +84,7 @@ def measure(
         path
         for one in inputs
         for path in one.layers
-        if recipe.precision_of(path) == "int8-static" and cast(Linear, module.get_submodule(path)).quantizable
+        if PRECISIONS[recipe.precision_of(path)].static and cast(Linear, module.get_submodule(path)).quantizable
     }
     wanted = [one for one in inputs if static.intersection(one.layers)]
     if not wanted:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 
 from mcv_calibration.accuracy import Accuracy
 from mcv_calibration.gate import Gate
-from mcv_calibration.recipe import INT8, GraphRecipe, Precision, Recipe
+from mcv_calibration.precisions import PRECISIONS, Precision
+from mcv_calibration.recipe import GraphRecipe, Recipe
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.errors import GateError
 
-HIGHER: Mapping[Precision, Precision] = {"q4": "q8", "q8": "fp32", **dict.fromkeys(INT8, "q8")}
-"""The next precision up; fp32 has none."""
 FIRST_PART = 4
 """One block in so many is raised first; the number doubles from there."""
 TOGETHER = 2
@@ -50,12 +49,13 @@ class Ladder:
 def climb(precision: Precision, times: int) -> Precision:
     """So many precisions up."""
     for _ in range(times):
-        precision = HIGHER.get(precision, precision)
+        precision = PRECISIONS[precision].higher or precision
     return precision
 
 
 def _height(precision: Precision) -> int:
-    return 1 + _height(HIGHER[precision]) if precision in HIGHER else 0
+    higher = PRECISIONS[precision].higher
+    return 1 + _height(higher) if higher else 0
 
 
 def find_recipe(

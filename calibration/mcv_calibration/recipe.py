@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, Literal, cast, get_args
 
+from mcv_calibration.precisions import PRECISIONS, Precision
 from mcv_calibration.target import Target, chosen, this_machine
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.errors import OptionError
 from mcv_runtime.files import parse_json
 
-Precision = Literal["fp32", "q8", "q4", "int8-static", "int8-dynamic", "int8-token"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-INT8: frozenset[Precision] = frozenset(("int8-static", "int8-dynamic", "int8-token"))
-"""Those that multiply 8-bit integers."""
 Method = Literal["rtn", "k-quant", "hqq", "gptq"]
 Ranges = Literal["minmax", "percentile", "entropy", "mse"]
+
+
+def require_known(keys: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Raise `OptionError` for a key that nobody would heed, with the one that is probably meant."""
+    for key in keys:
+        if key not in known:
+            near = [name for name in known if name.startswith(key)] or get_close_matches(key, known, 1)
+            meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise OptionError(f"{where} has the unknown key {key!r}; {meant}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +46,7 @@ class GraphRecipe:
 
     def __post_init__(self) -> None:
         for value, known in (
-            *((precision, PRECISIONS) for precision in self.precisions),
+            *((precision, tuple(PRECISIONS)) for precision in self.precisions),
             (self.method, get_args(Method)),
             (self.ranges, get_args(Ranges)),
         ):
@@ -60,17 +67,22 @@ class GraphRecipe:
     @property
     def in_blocks(self) -> bool:
         """Whether layers are stored in blocks."""
-        return bool(self.precisions & {"q8", "q4"})
+        return any(PRECISIONS[precision].in_blocks for precision in self.precisions)
 
     @property
     def in_int8(self) -> bool:
         """Whether layers compute in 8-bit integers."""
-        return bool(self.precisions & INT8)
+        return any(PRECISIONS[precision].in_int8 for precision in self.precisions)
+
+    @property
+    def static(self) -> bool:
+        """Whether layers need the range of their input."""
+        return any(PRECISIONS[precision].static for precision in self.precisions)
 
     @property
     def needs_samples(self) -> bool:
         """Whether it takes a look at the model at work."""
-        return bool("int8-static" in self.precisions or self.prune_ffn or (self.in_blocks and self.method == "gptq"))
+        return bool(self.static or self.prune_ffn or (self.in_blocks and self.method == "gptq"))
 
     def precision_of(self, path: str) -> Precision:
         """A layer's precision."""
@@ -83,7 +95,7 @@ class GraphRecipe:
             "layers": bool(self.layers),
             "method": self.in_blocks,
             "block_size": self.in_blocks,
-            "ranges": "int8-static" in self.precisions,
+            "ranges": self.static,
             "smoothing": self.precisions != {"fp32"},
             "prune_ffn": self.prune_ffn > 0,
         }
@@ -95,8 +107,7 @@ class GraphRecipe:
         """The reverse; raises `OptionError` naming what is wrong."""
         if not isinstance(data, dict) or "precision" not in data:
             raise OptionError(f"{where} must be an object with a precision")
-        if unknown := data.keys() - {f.name for f in fields(cls)}:
-            raise OptionError(f"{where} has the unknown key {min(unknown)!r}")
+        require_known(data, [each.name for each in fields(cls)], where)
         for name, kinds in (("block_size", int), ("smoothing", int | float), ("prune_ffn", int | float), ("layers", dict)):
             if name in data and (not isinstance(data[name], kinds) or isinstance(data[name], bool)):
                 raise OptionError(f"{where} has {name}={data[name]!r}")
@@ -127,9 +138,7 @@ class Recipe:
         graphs = data.get("graphs") if isinstance(data, dict) else None
         if not isinstance(graphs, dict):
             raise OptionError("a recipe is an object with `graphs`, as mcv.json has it under `quantization`")
-        for name in graphs:
-            if name not in get_args(GraphName):
-                raise OptionError(f"the recipe names the graph {name!r}, which is none of {', '.join(get_args(GraphName))}")
+        require_known(graphs, get_args(GraphName), "the recipe's `graphs`")
         read = {cast(GraphName, name): GraphRecipe.from_data(value, f"recipe: {name}") for name, value in graphs.items()}
         return cls(target=chosen(data.get("target")), graphs=read)
 

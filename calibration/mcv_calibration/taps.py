@@ -13,22 +13,13 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
+from mcv_calibration.precisions import PRECISIONS, row_peaks
 from mcv_graphs.layers import Embedding, Linear
 from mcv_runtime.sessions.graphs import Session, session_options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Which input of each operator is the layer's weight.
-_WEIGHT_INPUT = {
-    "MatMul": 1,
-    "MatMulNBits": 1,
-    "MatMulIntegerToFloat": 1,
-    "DynamicQuantizeMatMul": 1,
-    "Gemm": 1,
-    "Gather": 0,
-    "GatherBlockQuantized": 0,
-}
 _HEAD = "lm_head"
 _FOLDER = "session.model_external_initializers_file_folder_path"
 """Where ONNX Runtime looks for the weights of a graph that is given as bytes."""
@@ -62,7 +53,12 @@ def find_taps(model: onnx.ModelProto) -> dict[str, Tap]:
             readers.setdefault(name, []).append(node)
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     makers = {name: node for node in nodes for name in node.output}
-    layers = {path: node for node in nodes if (path := _layer(node)) and node.input[_WEIGHT_INPUT[node.op_type]] in shapes}
+    weight_inputs = {operator: index for spec in PRECISIONS.values() for operator, index in spec.operators.items()}
+    layers = {
+        path: node
+        for node in nodes
+        if (path := _layer(node, weight_inputs)) and node.input[weight_inputs[node.op_type]] in shapes
+    }
     ends = {path: _end(node, path, readers, makers) for path, node in layers.items()}
     made = {tensor: path for path, tensor in ends.items()}
     sources: dict[str, frozenset[str]] = {}
@@ -75,13 +71,19 @@ def find_taps(model: onnx.ModelProto) -> dict[str, Tap]:
                 before[path] = found
             sources[name] = found if path is None else frozenset([path])
     return {
-        path: Tap(path, ends[path], _precision(node, makers), _width(node, shapes), tuple(sorted(before[path] - {path})))
+        path: Tap(
+            path,
+            ends[path],
+            _precision(node, makers),
+            _width(node, shapes[node.input[weight_inputs[node.op_type]]]),
+            tuple(sorted(before[path] - {path})),
+        )
         for path, node in layers.items()
     }
 
 
-def _layer(node: onnx.NodeProto) -> str | None:
-    index = _WEIGHT_INPUT.get(node.op_type)
+def _layer(node: onnx.NodeProto, weight_inputs: Mapping[str, int]) -> str | None:
+    index = weight_inputs.get(node.op_type)
     if index is None or len(node.input) <= index:
         return None
     path, _, leaf = node.input[index].rpartition(".")
@@ -95,32 +97,20 @@ def _end(
 ) -> str:
     """The name of the layer's result: that of the sum with its bias, if a node of its own adds that."""
     output = str(node.output[0])
-    if _peaks(node, makers):
+    if row_peaks(node, makers):
         output = str(readers[output][0].output[0])
     following = readers.get(output, ())
     adds_bias = len(following) == 1 and following[0].op_type == "Add" and f"{path}.bias" in following[0].input
     return str(following[0].output[0]) if adds_bias else output
 
 
-def _peaks(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> str | None:
-    """What each row of a product of 8-bit integers was divided by before, and is multiplied by after it."""
-    quantize = makers.get(node.input[0]) if node.op_type == "MatMulIntegerToFloat" else None
-    divide = makers.get(quantize.input[0]) if quantize is not None else None
-    return str(divide.input[1]) if divide is not None and divide.op_type == "Div" else None
-
-
 def _precision(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> str:
-    if node.op_type == "MatMulIntegerToFloat":
-        return "int8-token" if _peaks(node, makers) else "int8-static"
-    if node.op_type == "DynamicQuantizeMatMul":
-        return "int8-dynamic"
-    bits = _attribute(node, "bits", 32)
-    return f"q{bits}" if bits < 32 else "fp32"
+    return next(spec.name for spec in PRECISIONS.values() if node.op_type in spec.operators and spec.tells(node, makers))
 
 
-def _width(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Values in a row of the layer's result."""
-    rows, columns = shapes[node.input[_WEIGHT_INPUT[node.op_type]]][:2]
+def _width(node: onnx.NodeProto, shape: tuple[int, ...]) -> int:
+    """Values in a row of the layer's result; `shape` is its weight's."""
+    rows, columns = shape[:2]
     if node.op_type == "GatherBlockQuantized":
         return columns * 8 // _attribute(node, "bits", 4)
     return rows if node.op_type in ("MatMulNBits", "Gemm") else columns

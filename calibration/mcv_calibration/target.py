@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from mcv_graphs.formats import Activations, Int8Format
 from mcv_runtime.errors import OptionError
 from mcv_runtime.sessions.machine import is_arm, sums_exactly
 
@@ -26,12 +25,3 @@ def chosen(target: str | None) -> Target:
     if target not in TARGETS:
         raise OptionError(f"target {target!r} is none of {', '.join(TARGETS)}")
     return target
-
-
-def int8_format(target: Target, activations: Activations) -> Int8Format:
-    """Unsigned activations on x86, where its fast kernels want them; 7-bit weights where 16-bit sums could overflow.
-
-    The operator for dynamic activations takes unsigned ones everywhere.
-    """
-    signed = target == "arm64" and activations != "dynamic"
-    return Int8Format(activations=activations, signed=signed, reduce_range=target == "avx2")

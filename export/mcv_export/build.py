@@ -11,27 +11,30 @@ from functools import partial
 from pathlib import Path
 
 from mcv_calibration.measured import NOTHING
-from mcv_calibration.recipe import Precision, Recipe
+from mcv_calibration.precisions import PRECISIONS, Precision
+from mcv_calibration.recipe import Recipe
 from mcv_calibration.samples import SampleSet
 from mcv_export.adapters import Adapter, open_merged
 from mcv_export.calibrate import SampleOptions, calibrate
 from mcv_export.checkpoint import Checkpoint, commit_of
 from mcv_export.families import recognise
-from mcv_export.file_specs import checkpoint_specs, folder_specs
+from mcv_export.file_specs import checkpoint_files, file_spec, folder_specs
 from mcv_export.graph_files import DataFile, Progress, storage_of, write_graph, write_sharing_graph
 from mcv_export.int8_cache import add_int8_cache, int8_cache_spec
 from mcv_export.output_folder import check_output, output_folder
 from mcv_export.plan import ModelPlan
-from mcv_export.precision import SUFFIXES, Wishes, resolved
+from mcv_export.precision import Wishes, resolved
 from mcv_export.sources import resolve
-from mcv_export.text_graphs import write_text_graphs
 from mcv_export.texts import copy_texts
+from mcv_export.workers import workers
 from mcv_runtime.bundle.folder import Bundle
-from mcv_runtime.bundle.manifest import FILE_NAME, GraphName, GraphSpec, Manifest, NeedsSpec
+from mcv_runtime.bundle.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest, NeedsSpec
 from mcv_runtime.errors import BundleCorruptError, CheckpointError, printable
 from mcv_runtime.text.template import ChatTemplate
 from mcv_runtime.text.tokens import TextTokenizer
 
+_TOOLS = ("minicpmv-onnx", "torch", "onnx-ir", "onnxscript")
+"""Distributions whose versions matter to what is built."""
 _COMPUTED = re.compile(
     r"(?:^|\.)(?:(?:original_|long_|short_)?inv_freq|(?:cos|sin)_cached|position_ids|causal_mask|resampler\.(?:temporal_)?pos_embed)$"
 )
@@ -52,8 +55,6 @@ class BuildOptions:
     """What to calibrate with, where the recipe asks for it."""
     force: bool = False
     """Replace an output folder that is a bundle, or empty."""
-    text_graphs: bool = False
-    """Also make the tokenizer's graphs, for hosts without Python."""
     int8_cache: bool = False
     """Also make a decoder graph that keeps its cache in 8 bits."""
     adapters: tuple[Adapter, ...] = ()
@@ -121,12 +122,12 @@ def build(
     recipe = resolved(wanted, [graph.name for graph in plan.graphs if not graph.shares])
     for graph in plan.graphs:
         resolve(graph, checkpoint)  # what is wrong with a tensor is said now, not when minutes of calibration are over
-    with output_folder(out, checkpoint_folder, force=options.force) as folder:
+    with output_folder(out, checkpoint_folder, force=options.force) as folder, workers() as pool:
         copy_texts(checkpoint, folder, plan.chat_template)
         _require_texts(folder, plan)
-        calibration = calibrate(plan, checkpoint, recipe, options.samples, progress)
-        if options.text_graphs:
-            write_text_graphs((folder / plan.text.tokenizer).read_text(encoding="utf-8"), folder)
+        calibration = calibrate(plan, checkpoint, recipe, options.samples, progress, pool)
+        # hashed while the graphs are traced, which keeps one core busy
+        read = {path.name: pool.submit(file_spec, path) for path in checkpoint_files(checkpoint_folder)}
         (folder / "onnx").mkdir()
         specs: dict[GraphName, GraphSpec] = {}
         built = []
@@ -137,12 +138,12 @@ def build(
             precision = graph_recipe.precision
             measured = calibration.graphs.get(graph.shares or graph.name, NOTHING)
             storage = storage_of(graph, graph_recipe, recipe.target, measured)
-            path = folder / "onnx" / f"{graph.name}{SUFFIXES[precision]}.onnx"
+            path = folder / "onnx" / f"{graph.name}{PRECISIONS[precision].suffix}.onnx"
             if graph.shares:
                 write_sharing_graph(graph, storage, data[graph.shares], path)
                 size = path.stat().st_size
             else:
-                data[graph.name] = write_graph(graph, storage, checkpoint, path, progress)
+                data[graph.name] = write_graph(graph, storage, checkpoint, path, progress, pool)
                 size = path.stat().st_size + data[graph.name].path.stat().st_size
             built.append(BuiltGraph(name=graph.name, precision=precision, size=size, seconds=time.perf_counter() - began))
             specs[graph.name] = GraphSpec(
@@ -153,19 +154,20 @@ def build(
             family=family.name,
             model=model or checkpoint_folder.resolve().name,
             revision=commit_of(checkpoint_folder) or revision,
-            checkpoint=checkpoint_specs(checkpoint_folder),
+            checkpoint={name: spec.result() for name, spec in read.items()},
             adapters=checkpoint.adapters,
             quantization=recipe.to_data(),
             needs=needs(recipe),
-            tools={name: importlib.metadata.version(name) for name in _tools(options)},
+            tools={name: importlib.metadata.version(name) for name in _TOOLS},
         )
-        manifest = _write_manifest(folder, describe, specs)
+        manifest = _write_manifest(folder, describe, specs, folder_specs(folder, pool))
         samples = calibration.samples
         if options.int8_cache:
             samples = samples or options.samples.samples()
-            path = add_int8_cache(folder, samples.samples, progress)
+            measured = calibration.graphs.get("decoder_with_past", NOTHING)
+            path = add_int8_cache(folder, plan.graphs[-1], checkpoint, measured, samples.samples, progress)
             specs["decoder_with_past_kv8"] = int8_cache_spec(specs["decoder_with_past"], f"onnx/{path.name}", manifest.cache)
-            manifest = _write_manifest(folder, describe, specs)
+            manifest = _write_manifest(folder, describe, specs, folder_specs(folder, pool, manifest.files))
         if check is not None:
             check(folder)
             manifest = Bundle.open(folder).manifest  # it may list a report now
@@ -179,9 +181,11 @@ def build(
     )
 
 
-def _write_manifest(folder: Path, describe: Callable[..., Manifest], specs: Mapping[GraphName, GraphSpec]) -> Manifest:
-    """Write `mcv.json` for the files that are there."""
-    manifest = describe(graphs=specs, files=folder_specs(folder))
+def _write_manifest(
+    folder: Path, describe: Callable[..., Manifest], specs: Mapping[GraphName, GraphSpec], files: Mapping[str, FileSpec]
+) -> Manifest:
+    """Write `mcv.json`."""
+    manifest = describe(graphs=specs, files=files)
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -192,12 +196,6 @@ def needs(recipe: Recipe) -> NeedsSpec:
     (floor,) = (found[1] for line in required if (found := re.fullmatch(r"onnxruntime>=([\d.]+)", line)))
     in_int8 = any(graph.in_int8 for graph in recipe.graphs.values())
     return NeedsSpec(onnxruntime=floor, processor=recipe.target if in_int8 else "any")
-
-
-def _tools(options: BuildOptions) -> list[str]:
-    """Distributions whose versions matter to what is built."""
-    tools = ["minicpmv-onnx", "torch", "onnx-ir", "onnxscript"]
-    return [*tools, "onnxruntime-extensions"] if options.text_graphs else tools
 
 
 def _require_readable(plan: ModelPlan, family: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -83,7 +84,12 @@ class Calibration:
 
 
 def calibrate(
-    plan: ModelPlan, checkpoint: Checkpoint, recipe: Recipe, options: SampleOptions, progress: CalibrationProgress
+    plan: ModelPlan,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    options: SampleOptions,
+    progress: CalibrationProgress,
+    pool: Executor | None = None,
 ) -> Calibration:
     """Measure the graphs whose recipes ask for it, of the others see what norms say; no sample is opened where none asks."""
     found: dict[GraphName, Measured] = {}
@@ -95,10 +101,10 @@ def calibrate(
         graph_recipe = recipe.graphs[graph.name]
         if graph_recipe.needs_samples:
             samples = options.calibrating() if samples is None else samples
-            bench = _Bench(plan, graph, checkpoint, reference, samples, options, progress)
+            bench = _Bench(plan, graph, checkpoint, reference, samples, options, progress, pool)
             found[graph.name] = bench.measured(graph_recipe, recipe.target)
         else:
-            found[graph.name] = smoothed_unseen(graph, checkpoint, graph_recipe, recipe.target, NOTHING)
+            found[graph.name] = smoothed_unseen(graph, checkpoint, graph_recipe, recipe.target, NOTHING, pool)
     return Calibration(graphs=found, samples=samples)
 
 
@@ -113,15 +119,16 @@ class _Bench:
     samples: SampleSet
     options: SampleOptions
     progress: CalibrationProgress
+    pool: Executor | None
 
     def measured(self, recipe: GraphRecipe, target: Target) -> Measured:
         """Channels to keep first, then ranges and factors of what they leave, then the blocks of the weights as smoothed."""
         found = NOTHING
         if recipe.prune_ffn:
             found = Measured(kept=self._kept(recipe.prune_ffn))
-        if "int8-static" in recipe.precisions:
+        if recipe.static:
             found = self._ranges(recipe, found)
-        found = smoothed_unseen(self.graph, self.checkpoint, recipe, target, found)
+        found = smoothed_unseen(self.graph, self.checkpoint, recipe, target, found, self.pool)
         if recipe.method == "gptq" and recipe.in_blocks and self.graph.io.cache:
             found = self._blocks(recipe, target, found)
         return found
@@ -143,7 +150,7 @@ class _Bench:
         module, sources = self._module(found), self._sources(found)
 
         def rows(path: str) -> Iterator[NDArray[np.float32]]:
-            return (chunk for _, chunk in sources[f"{path}.weight"].chunks())
+            return sources[f"{path}.weight"].pieces()
 
         store = Store(self._origin(found), self.options.store)
         seen = measure(
@@ -156,7 +163,7 @@ class _Bench:
         formats = {
             path: kind
             for path, kind in layer_formats(module, recipe, target).items()
-            if isinstance(kind, WeightFormat) and kind.quantized and isinstance(module.get_submodule(path), Linear)
+            if isinstance(kind, WeightFormat) and isinstance(module.get_submodule(path), Linear)
             # a tied layer has its twin's bytes: other blocks of its own would cost a second table
             if path not in self.graph.tied
         }

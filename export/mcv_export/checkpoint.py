@@ -37,7 +37,7 @@ class CheckpointTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def rows(self, first: int, last: int) -> NDArray[np.float32]:
-        """Rows [first, last) as float32, the tensor taken as a matrix: [last - first, columns]."""
+        """Rows [first, last) as float32, the tensor taken as a matrix: [last - first, columns], the caller's own to change."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from mcv_calibration.measured import NOTHING, Measured
 from mcv_calibration.recipe import Method
 from mcv_export.checkpoint import Checkpoint
-from mcv_export.layer_weights import constants, quantized_chunks
+from mcv_export.layer_weights import constants, layer_rows, layer_spans
 from mcv_export.plan import GraphPlan
 from mcv_export.sources import Source, resolve
 from mcv_export.storage import Storage
-from mcv_graphs.formats import Int8Format, LayerFormat
+from mcv_graphs.formats import LayerFormat
 from mcv_graphs.layers import Embedding, Linear
 
 RESIDENT = 256 << 20
@@ -74,7 +74,7 @@ class Budget:
 def _stream(layer: Linear | Embedding, path: str, source: Source, storage: Storage, budget: Budget) -> None:
     """Have the layer's weight there during its `forward`, and longer where the budget allows."""
     held = {name: getattr(layer, name) for name in _held(layer)}
-    for name, value in constants(layer, path, storage).items():
+    for name, value in constants(layer.format, path, storage).items():
         held[name] = torch.from_numpy(value)
         setattr(layer, name, held[name])
     stays = budget.takes(sum(tensor.numel() * tensor.element_size() for tensor in held.values()))
@@ -86,7 +86,7 @@ def _stream(layer: Linear | Embedding, path: str, source: Source, storage: Stora
             assert isinstance(layer, Linear | Embedding)
             for name, value in _tensors(layer, path, source, storage).items():
                 tensor = torch.from_numpy(value)
-                setattr(layer, name, _parameter(tensor) if name == "weight" else tensor)
+                setattr(layer, name, _parameter(tensor) if name in layer._parameters else tensor)
             there = True
 
     def drop(layer: nn.Module, _: object, __: object) -> None:
@@ -108,16 +108,12 @@ def _held(layer: Linear | Embedding) -> list[str]:
 
 def _tensors(layer: Linear | Embedding, path: str, source: Source, storage: Storage) -> dict[str, NDArray[Any]]:
     """The weight in the layer's format."""
-    if "weight" in _held(layer):
-        weight = source.all()
-        return {"weight": weight.T if isinstance(layer, Linear) else weight}
-    chunks = [tensors for _, tensors in quantized_chunks(layer, path, source, storage)]
-    tensors = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    if isinstance(layer.format, Int8Format):
-        return {**tensors, "qweight": tensors["qweight"].T}
-    if isinstance(layer, Embedding):
-        return {**tensors, "qweight": tensors["qweight"].reshape(layer.rows, -1)}
-    return tensors
+    kind = layer.format
+    pieces = [layer_rows(kind, path, source, storage, *span) for span in layer_spans(kind, path, source, storage)]
+    tensors = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    if isinstance(layer, Linear):
+        return {name: rows.T if name in kind.columns else rows for name, rows in tensors.items()}
+    return {name: rows.reshape(layer.rows, -1) for name, rows in tensors.items()}
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,10 @@ def storage_of(graph: GraphPlan, recipe: GraphRecipe, target: Target, measured: 
     return Storage(formats=layer_formats(module, recipe, target), measured=measured, method=recipe.method)
 
 
-def write_graph(graph: GraphPlan, storage: Storage, checkpoint: Checkpoint, path: Path, progress: Progress) -> DataFile:
-    """Write a graph to `path` and its weights beside it."""
+def write_graph(
+    graph: GraphPlan, storage: Storage, checkpoint: Checkpoint, path: Path, progress: Progress, pool: Executor
+) -> DataFile:
+    """Write a graph to `path` and its weights beside it; the pool's threads share the work on these."""
     sources = resolve(graph, checkpoint, storage)
     model, module = trace(graph, storage)
     total = sum(rows * columns for rows, columns in (source.shape for source in sources.values()))
@@ -58,7 +61,7 @@ def write_graph(graph: GraphPlan, storage: Storage, checkpoint: Checkpoint, path
     if needed > free:
         raise OutputError(f"no space left for {path.name}: it needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
     file = path.with_name(f"{path.name}.data")
-    offsets = write_weights(file, model, module, sources, graph, storage, advance)
+    offsets = write_weights(file, model, module, sources, graph, storage, pool, advance)
     ir.save(model, path)
     return DataFile(file, offsets)
 

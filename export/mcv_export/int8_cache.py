@@ -1,32 +1,41 @@
 """A second decoder graph whose keys and values are kept in 8 bits: a quarter of the memory, and less to read at every step.
 
 It is the first one's graph and reads the same weights; only the type of the cache differs, and each attention gets the scales
-of its keys and values. They come from samples that were read by the first graph itself. Samples are short, contexts are not:
-later positions turn the same pairs of a key's channels further, and keep their length, which is what is measured of them.
+of its keys and values. They come from samples that go through the decoder in float. Samples are short, contexts are not: later
+positions turn the same pairs of a key's channels further, and keep their length, which is what is measured of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
+from mcv_calibration.measured import Measured
 from mcv_calibration.samples import Sample
+from mcv_calibration.walk import AnyDecoder, held, start
+from mcv_export.checkpoint import Checkpoint
+from mcv_export.eager import eager_module
 from mcv_export.graph_files import Progress
+from mcv_export.oracle import prompt_feed
+from mcv_export.plan import GraphPlan
+from mcv_export.sources import resolve
+from mcv_export.storage import Storage
+from mcv_graphs.folds import folds
+from mcv_graphs.layers import Linear
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import CacheEntry, GraphSpec, TensorSpec
-from mcv_runtime.decoding.decoder import Decoder
-from mcv_runtime.decoding.row import prompt_keys
 from mcv_runtime.engine import load
 from mcv_runtime.errors import CheckpointError, McvError
-from mcv_runtime.sessions.graphs import cpu_session, session_options
 
 Cache: TypeAlias = "Mapping[str, NDArray[np.float32]]"
-"""Keys and values of one sample by their input of the decoder: [kv_heads, tokens, head_dim]."""
+"""Keys and values of one sample in one layer by their input of the decoder: [kv_heads, tokens, head_dim]."""
 _ATTENTION = "GroupQueryAttention"
 _K_SCALE, _V_SCALE = 12, 13
 """Places among the operator's inputs (onnxruntime's ContribOperators.md)."""
@@ -36,13 +45,19 @@ HEADROOM = 1.1
 """Of the largest value that was seen: later ones may be larger, and a tenth of 127 levels costs little."""
 
 
-def add_int8_cache(folder: Path, samples: Sequence[Sample], progress: Progress) -> Path:
-    """Write the graph into the bundle `folder`, which does not name it yet; returns its path."""
+def add_int8_cache(
+    folder: Path, graph: GraphPlan, checkpoint: Checkpoint, measured: Measured, samples: Sequence[Sample], progress: Progress
+) -> Path:
+    """Write the graph into the bundle `folder`, which does not name it yet; returns its path.
+
+    `graph` is the decoder, `measured` what went into the bundle's own.
+    """
     bundle = Bundle.open(folder)
     decoder = bundle.graph("decoder_with_past")
     model = ir.load(decoder)
     attentions = [node for node in model.graph if node.op_type == _ATTENTION]
-    peaks = cache_peaks(read_samples(bundle, samples, progress), rotated_channels(attentions))
+    caches = read_samples(bundle, graph, checkpoint, measured, samples, progress)
+    peaks = cache_peaks(caches, rotated_channels(attentions))
     for node in attentions:
         _keep_in_int8(model, node, peaks)
     path = decoder.with_name(decoder.name.replace("decoder_with_past", "decoder_with_past_kv8"))
@@ -85,26 +100,56 @@ def rotated_channels(attentions: Iterable[ir.Node]) -> dict[str, int]:
     return rotated
 
 
-def read_samples(bundle: Bundle, samples: Sequence[Sample], progress: Progress = lambda *_: None) -> Iterator[Cache]:
-    """What the decoder keeps of each sample, of a picture's overview alone. Samples that cannot be read are left out."""
+def read_samples(
+    bundle: Bundle,
+    graph: GraphPlan,
+    checkpoint: Checkpoint,
+    measured: Measured,
+    samples: Sequence[Sample],
+    progress: Progress = lambda *_: None,
+) -> Iterator[Cache]:
+    """What each layer of the decoder keeps of each sample, of a picture's overview alone.
+
+    Samples that cannot be read are left out. Pictures are encoded by the bundle; then all samples go through the checkpoint's
+    decoder together, one of whose layers is in memory at a time, in float, where a session would hold all of them twice.
+    """
+    measured = replace(measured, smoothing=_folded(graph, measured))  # what else is smoothed is so by a product, here left out
+    module = cast(AnyDecoder, eager_module(graph, checkpoint, measured=measured))
+    sources = resolve(graph, checkpoint, Storage(measured=measured))
+    with torch.inference_mode():
+        states = [start(module, graph.io, feed) for feed in _questions(bundle, samples)]
+    count = len(module.layers)
+    linears = [path for path, child in module.named_modules() if isinstance(child, Linear)]
+    for index in range(count):
+        progress("decoder_with_past_kv8", index, count)
+        weights = {path: sources[f"{path}.weight"].all() for path in linears if path.startswith(f"layers.{index}.")}
+        with held(module, weights):
+            for number, state in enumerate(states):
+                with torch.inference_mode():
+                    beyond = module.block(index, state)
+                states[number] = replace(beyond, present=[])
+                entries = zip(graph.io.cache[2 * index :], beyond.present, strict=False)
+                yield {entry.input: kept[0].numpy() for entry, kept in entries if entry.grows}
+    progress("decoder_with_past_kv8", count, count)
+
+
+def _questions(bundle: Bundle, samples: Sequence[Sample]) -> Iterator[dict[str, NDArray[Any]]]:
+    """What the decoder is given to read each sample."""
     engine = load(bundle.folder, reuse=False)
-    session = cpu_session(bundle.graph("decoder_with_past"), session_options())
-    decoder, names = Decoder(lambda name: session, bundle.manifest), [e.input for e in bundle.manifest.cache if e.grows]
-    slots = decoder.new_slots()
-    for number, sample in enumerate(samples):
-        progress("decoder_with_past_kv8", number, len(samples))
+    for sample in samples:
         try:
             pictures = [engine.encode_image(image, max_slice_nums=1) for image in sample.images]
             prompt = engine.prompt([{"role": "user", "content": [*pictures, sample.prompt]}])
         except McvError:
             continue
-        row = decoder.new_row(slots, len(prompt.ids))
-        embeds = decoder.visual_tokens(pictures)
-        decoder.read(slots, row, prompt.ids, embeds, prompt.visual_positions, keys=prompt_keys(prompt))
-        tensors = dict(slots.export(row))
-        yield {name: tensors[name] for name in names}
-        slots.drop(row)
-    progress("decoder_with_past_kv8", len(samples), len(samples))
+        yield prompt_feed(bundle.manifest, prompt, [picture.embeds for picture in pictures], np.array([0]))
+
+
+def _folded(graph: GraphPlan, measured: Measured) -> dict[str, NDArray[np.float32]]:
+    """The factors that another layer's weight has taken in."""
+    with torch.device("meta"):
+        free = {layer for fold in folds(graph.module()) if fold.free for layer in fold.readers}
+    return {path: factors for path, factors in measured.smoothing.items() if path in free}
 
 
 def int8_cache_spec(spec: GraphSpec, file: str, cache: Sequence[CacheEntry]) -> GraphSpec:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 if TYPE_CHECKING:
-    from mcv_calibration.recipe import Precision
+    from mcv_calibration.precisions import Precision
+    from mcv_runtime.bundle.manifest import GraphName
 
 # Every start of optimum-cli imports this module: what the build needs is imported by the build.
 
@@ -51,7 +52,6 @@ class ExportMcv(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum states 
         for graph in ("vision", "resampler", "decoder"):
             more.add_argument(f"--{graph}", choices=FORMATS, help="Weights of this graph.")
         more.add_argument("--group-size", type=int, default=32, help="Weights that share a scale (default: %(default)s).")
-        more.add_argument("--text-graphs", action="store_true", help="Add tokenizer.onnx and detokenizer.onnx.")
         more.add_argument("--force", action="store_true", help="Replace the output folder if it is a bundle.")
 
     def run(self) -> None:
@@ -60,20 +60,27 @@ class ExportMcv(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum states 
         terminal.finish(self._build, NAME, interrupted="interrupted; nothing was kept")
 
     def _build(self) -> None:
-        from mcv_export.cli import build_command
+        from mcv_export.build import BuildOptions
+        from mcv_export.build_command import make_bundle, print_result
+        from mcv_export.precision import Wishes
 
         args = self.args
-        build_command(
+        said: dict[GraphName, Precision | None] = {
+            "vision_encoder": FORMATS.get(args.vision),
+            "resampler": FORMATS.get(args.resampler),
+            "decoder_with_past": DECODER_FORMATS.get(args.decoder or args.weight_format),
+        }
+        wishes = Wishes(
+            precision=FORMATS.get(args.weight_format),
+            graphs={name: precision for name, precision in said.items() if precision},
+            block_size=args.group_size,
+        )
+        result = make_bundle(
             args.model,
             args.output,
-            adapter=args.adapter,
-            precision=FORMATS.get(args.weight_format),
-            vision=FORMATS.get(args.vision),
-            resampler=FORMATS.get(args.resampler),
-            decoder=DECODER_FORMATS.get(args.decoder or args.weight_format),
-            block_size=args.group_size,
+            BuildOptions(recipe=wishes.recipe(), force=args.force),
+            adapters=args.adapter or (),
             revision=args.revision,
             cache_dir=args.cache_dir,
-            text_graphs=args.text_graphs,
-            force=args.force,
         )
+        print_result(result)

@@ -11,9 +11,9 @@ import errno
 import logging
 import os
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -80,10 +80,10 @@ def claimed_folder(place: Path, suffix: str) -> Iterator[Path]:
     place.parent.mkdir(parents=True, exist_ok=True)
     with _locked(place.parent):
         _sweep(place)
-        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.mcv-", suffix=suffix, dir=place.parent))
+        folder = place.parent / f".{place.name}.mcv-{secrets.token_hex(4)}{suffix}"
+        folder.mkdir()
         lock = _lock(folder)
     try:
-        folder.chmod(0o777 & ~_umask())
         yield folder
     finally:
         _remove(folder)
@@ -283,9 +283,3 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
         _log.warning("%s could not be removed; remove it yourself", folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,25 +1,16 @@
-"""The precision of each graph: its default, what it adds to a file's name, and recipes made of a few wishes."""
+"""The precision of each graph: its default, and recipes made of a few wishes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from mcv_calibration.recipe import GraphRecipe, Method, Precision, Ranges, Recipe
-from mcv_calibration.target import Target, chosen
+from mcv_calibration.precisions import Precision
+from mcv_calibration.recipe import GraphRecipe, Method, Ranges, Recipe
+from mcv_calibration.target import chosen
 from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.errors import OptionError
-
-SUFFIXES: dict[Precision, str] = {
-    "fp32": "",
-    "q8": "_q8",
-    "q4": "_q4",
-    "int8-static": "_int8",
-    "int8-dynamic": "_int8_dynamic",
-    "int8-token": "_int8_token",
-}
 
 DEFAULT: dict[GraphName, Precision] = {
     "vision_encoder": "int8-token",
@@ -36,6 +27,9 @@ ROLES: dict[GraphName, GraphName] = {
     "merger": "resampler",
 }
 """Whose precision a graph has if it is not named itself."""
+
+EVERY = "*"
+"""In the place of a graph's name: settings of all that do not say otherwise."""
 
 _MIXED: Mapping[str, Precision] = {"embed_tokens": "q8", "lm_head": "q8"}
 """Layers of a decoder that lose most by 4 bits for their size."""
@@ -63,42 +57,40 @@ class Wishes:
 
     precision: Precision | None = None
     graphs: Mapping[GraphName, Precision] = field(default_factory=dict)
-    target: Target | None = None
+    target: str | None = None
     block_size: int | None = None
     method: Method | None = None
     ranges: Ranges | None = None
     smoothing: float | None = None
     prune_ffn: float | None = None
     mixed: bool = False
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of `GraphRecipe`, by graph or, for all that do not say otherwise, by `*`; what the other fields say goes over them."""
 
     def recipe(self) -> Recipe:
         """The recipe, by role; raises `OptionError`."""
-        graphs: dict[GraphName, GraphRecipe] = {}
-        for name, default in DEFAULT.items():
-            settings: dict[str, Any] = {
-                "block_size": self.block_size,
-                "method": self.method,
-                "ranges": self.ranges,
-                "smoothing": self.smoothing,
-                "prune_ffn": None if name == "resampler" else self.prune_ffn,
-            }
-            asked = self.precision
-            if asked is None or (asked in _FOR_DECODERS and name != "decoder_with_past"):
-                asked = default
-            precision = self.graphs.get(name, asked)
-            layers = _MIXED if self.mixed and name == "decoder_with_past" and precision == "q4" else {}
-            said = {key: value for key, value in settings.items() if value is not None}
-            graphs[name] = GraphRecipe(precision=precision, layers=layers, **said)
+        names = [*DEFAULT, *(cast(GraphName, name) for name in self.settings if name not in (*DEFAULT, EVERY))]
+        graphs = {name: GraphRecipe.from_data(self._settings(name), f"recipe: {name}") for name in names}
         if self.mixed and not any(graph.layers for graph in graphs.values()):
             raise OptionError("mixed precision is about a q4 decoder; leave it out, or make the decoder q4")
         return Recipe(target=chosen(self.target), graphs=graphs)
 
-
-def read_recipe(file: Path, wishes: Wishes) -> Recipe:
-    """The recipe of a file, or of a bundle's `mcv.json`; raises `OptionError`, also where wishes say something else."""
-    if wishes != Wishes():
-        raise OptionError(f"{file} says how everything is quantized; leave out the options that say so too")
-    try:
-        return Recipe.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+    def _settings(self, name: GraphName) -> dict[str, Any]:
+        """What `GraphRecipe` is made of."""
+        role = ROLES.get(name, name)
+        asked = self.precision
+        if asked in _FOR_DECODERS and role != "decoder_with_past":
+            asked = None
+        said = {"precision": DEFAULT[role], **self.settings.get(EVERY, {}), **self.settings.get(name, {})}
+        fields = {
+            "precision": self.graphs.get(name, self.graphs.get(role, asked)),
+            "block_size": self.block_size,
+            "method": self.method,
+            "ranges": self.ranges,
+            "smoothing": self.smoothing,
+            "prune_ffn": None if role == "resampler" else self.prune_ffn,
+        }
+        said |= {key: value for key, value in fields.items() if value is not None}
+        if self.mixed and role == "decoder_with_past" and said["precision"] == "q4":
+            said["layers"] = _MIXED
+        return said

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,18 +20,18 @@ from mcv_calibration.report_html import render
 from mcv_calibration.samples import SampleSet
 from mcv_calibration.sensitivity import BlockError
 from mcv_calibration.taps import Tapped, TappedModule
-from mcv_export.adapters import Adapter, open_merged, require_same_adapters
+from mcv_export.adapters import Adapter
 from mcv_export.block_errors import block_errors
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.eager import eager_module
-from mcv_export.families import recognise
 from mcv_export.file_specs import file_spec
 from mcv_export.oracle import TorchSession
+from mcv_export.origin import open_origin
 from mcv_export.plan import ModelPlan
 from mcv_export.remembering import RememberingSession
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import FILE_NAME, GraphName
-from mcv_runtime.errors import CheckpointError, OptionError, OutputError
+from mcv_runtime.errors import OptionError, OutputError
 
 CHECKPOINT = "the checkpoint"
 
@@ -128,13 +128,7 @@ class CheckpointReference:
 
 def checkpoint_reference(bundle: Bundle, folder: Path, adapters: Sequence[Adapter] = ()) -> CheckpointReference:
     """Raises `CheckpointError` if the bundle is of another model."""
-    checkpoint = open_merged(folder, adapters)
-    require_same_adapters(bundle, checkpoint)
-    family = recognise(checkpoint.config)
-    plan = family.plan(checkpoint)
-    specs = bundle.manifest.graphs
-    if family.name != bundle.manifest.family or any(graph.io.all_inputs != specs[graph.name].inputs for graph in plan.graphs):
-        raise CheckpointError(f"{bundle.folder} was built from {bundle.manifest.model}, not from {folder}: their shapes differ")
+    checkpoint, plan = open_origin(bundle, folder, adapters)
     sessions = {graph.name: TorchSession(partial(eager_module, graph, checkpoint), graph.io) for graph in plan.graphs}
     remembering = {bundle.graph(name): RememberingSession(session) for name, session in sessions.items()}
 
@@ -218,19 +212,13 @@ def _first_float(bundles: Sequence[Bundle]) -> int:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
-    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n", errors="replace") as stream:
+        with unfinished.open("x", encoding="utf-8", newline="\n", errors="replace") as stream:
             stream.write(text)
-        mode = path.stat().st_mode if path.exists() else 0o666 & ~_umask()
-        Path(unfinished).chmod(mode & 0o777)
-        Path(unfinished).replace(path)
+        if path.exists():
+            unfinished.chmod(path.stat().st_mode & 0o777)
+        unfinished.replace(path)
     except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -46,7 +46,7 @@ def search_recipe(
     Raises `GateError` if not even fp32 passes, and what `build` raises.
     """
     if gate.open:
-        raise OptionError("a search needs a gate to pass: give it --max-kl or --min-agreement")
+        raise OptionError("a search needs a gate to pass: give it --max-kl, or min_agreement in the recipe")
     place = check_output(beside, checkpoint, force=options.force)  # hours before the build itself would find out
     opened = open_merged(checkpoint, options.adapters)
     plan = recognise(opened.config).plan(opened)
@@ -91,7 +91,7 @@ class _Attempts:
         """Of the bundle that the recipe makes."""
         self._count += 1
         out = self._folder / f"{self._count}"
-        build(self._checkpoint, out, replace(self._options, recipe=recipe, force=False, text_graphs=False))
+        build(self._checkpoint, out, replace(self._options, recipe=recipe, force=False))
         if self._first:
             reference = self._first.reference
         else:

@@ -20,8 +20,8 @@ from mcv_graphs.folds import Fold, folds
 from mcv_graphs.layers import Embedding, Linear
 from mcv_runtime.errors import CheckpointError, OptionError
 
-CHUNK_VALUES = 1 << 23
-"""Float values held at once (32 MB); quantizing needs a few times that."""
+PIECE_VALUES = 1 << 20
+"""Float values that a thread holds at once (4 MB: about what a processor's caches hold); quantizing needs a few times that."""
 
 _TRANSFORMS: dict[Transform, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
     "plus_one": lambda values: values + np.float32(1),
@@ -51,7 +51,7 @@ class Source:
     column_factors: NDArray[np.float32] | None = None
 
     def rows(self, first: int, last: int) -> NDArray[np.float32]:
-        """Rows [first, last) as float32."""
+        """Rows [first, last) as float32, the caller's own to change."""
         if self.kept_rows is None:
             values = self._stored(first, last)
         else:
@@ -60,8 +60,10 @@ class Source:
         if self.kept_columns is not None:
             values = values[:, self.kept_columns]
         if self.row_factors is not None:
-            values = values * self.row_factors[first:last, None]
-        return values if self.column_factors is None else values * self.column_factors
+            values *= self.row_factors[first:last, None]
+        if self.column_factors is not None:
+            values *= self.column_factors
+        return values
 
     @property
     def size(self) -> int:
@@ -71,11 +73,14 @@ class Source:
         """Every row."""
         return self.rows(0, self.shape[0])
 
-    def chunks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """All rows in order: (first row, rows)."""
-        step = max(CHUNK_VALUES // self.shape[1], 1)
-        for first in range(0, self.shape[0], step):
-            yield first, self.rows(first, min(first + step, self.shape[0]))
+    def spans(self, values: int = PIECE_VALUES) -> list[tuple[int, int]]:
+        """[first, last) of pieces of rows, in order, that hold about so many values each."""
+        step = max(values // self.shape[1], 1)
+        return [(first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step)]
+
+    def pieces(self) -> Iterator[NDArray[np.float32]]:
+        """All rows in order, some at a time."""
+        return (self.rows(*span) for span in self.spans())
 
     def _stored(self, first: int, last: int) -> NDArray[np.float32]:
         """Rows as the checkpoint has them."""
@@ -89,7 +94,8 @@ class Source:
                 else:
                     rows = tensor.rows(part.offset + low, part.offset + high)
                 rows = rows if part.transform is None else _TRANSFORMS[part.transform](rows)
-                rows = rows if part.scale == 1 else rows * np.float32(part.scale)
+                if part.scale != 1:
+                    rows *= np.float32(part.scale)
                 require_finite(rows, f"tensor {part.tensor}")
                 pieces.append(rows)
             start += count

@@ -21,16 +21,13 @@ from mcv_export.checkpoint import Checkpoint
 from mcv_export.plan import GraphPlan
 from mcv_export.sources import resolve
 from mcv_export.storage import feed_forward
-from mcv_graphs.formats import Int8Format, LayerFormat, WeightFormat
+from mcv_graphs.formats import FLOAT32, LayerFormat
 from mcv_graphs.layers import Embedding, Linear, set_formats
-from mcv_graphs.ops import dequantize
 from mcv_runtime.errors import CheckpointError
 
 _SAMPLE_ROWS = 256
 """Output channels of each weight that are compared: other weights differ in all of them."""
 _TURNS = 8
-_ERROR, _FOUR_BIT_ERROR = 0.1, 0.5
-"""Of a weight, relative: far above what a sound quantization costs, far below what another weight is off, 1 and more."""
 
 
 def stored_module(plan: GraphPlan, formats: Mapping[str, LayerFormat], file: Path) -> nn.Module:
@@ -38,7 +35,7 @@ def stored_module(plan: GraphPlan, formats: Mapping[str, LayerFormat], file: Pat
     tensors = _tensors(file)
     with torch.device("meta"):
         module = plan.module().eval()
-        _resize(module, tensors)
+        _resize(module, formats, tensors)
         marked = {path: _as_stored(kind, f"{path}.input_factors" in tensors) for path, kind in formats.items()}
         set_formats(module, marked)
     module.requires_grad_(False)
@@ -64,10 +61,10 @@ def check_weights(plan: GraphPlan, checkpoint: Checkpoint, module: nn.Module) ->
         if not isinstance(layer, Linear | Embedding) or sources[f"{path}.weight"].shape != _shape(layer):
             continue
         count = min(_shape(layer)[0], _SAMPLE_ROWS)
-        wanted, found = sources[f"{path}.weight"].rows(0, count), _rows(layer, count)
+        wanted, found = sources[f"{path}.weight"].rows(0, count), layer.format.dequantize(layer, count).numpy()
         expected = _with_factors(wanted, found)
         error = float(np.sqrt(((found - expected) ** 2).sum() / np.maximum((expected**2).sum(), 1e-30)))
-        if error > (_FOUR_BIT_ERROR if isinstance(layer.format, WeightFormat) and layer.format.bits == 4 else _ERROR):
+        if error > layer.format.tolerance:
             raise CheckpointError(f"the weight of {path} is another than the checkpoint's (relative error {error:.2g})")
 
 
@@ -99,25 +96,20 @@ def _shared(array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array)
 
 
-def _resize(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _resize(module: nn.Module, formats: Mapping[str, LayerFormat], tensors: Mapping[str, Tensor]) -> None:
     """Leave out the feed-forward channels that the file has not."""
     for path, block in list(module.named_modules()):
         if not hasattr(block, "FFN"):
             continue
         inner, outer = feed_forward(module, path)
         layers = [cast(Linear, module.get_submodule(name)) for name in inner]
-        count = _outputs(inner[0], tensors)
+        kind = formats.get(inner[0], FLOAT32)
+        held = tensors[f"{inner[0]}.{kind.main}"]
+        count = held.shape[1 if kind.main in kind.columns else 0]
         if count != layers[0].out_features:
             for layer in layers:
                 layer.resize(out_features=count)
             cast(Linear, module.get_submodule(outer)).resize(in_features=count)
-
-
-def _outputs(path: str, tensors: Mapping[str, Tensor]) -> int:
-    """How many output channels a linear has in the file."""
-    if f"{path}.weight" in tensors:
-        return tensors[f"{path}.weight"].shape[1]
-    return len(tensors[f"{path}.weight_scales" if f"{path}.weight_scales" in tensors else f"{path}.scales"])
 
 
 def _as_stored(kind: LayerFormat, smoothed: bool) -> LayerFormat:
@@ -127,17 +119,3 @@ def _as_stored(kind: LayerFormat, smoothed: bool) -> LayerFormat:
 def _shape(layer: Linear | Embedding) -> tuple[int, int]:
     """[out, in], as a checkpoint has it."""
     return (layer.out_features, layer.in_features) if isinstance(layer, Linear) else (layer.rows, layer.width)
-
-
-def _rows(layer: Linear | Embedding, count: int) -> NDArray[np.float32]:
-    """The first output channels of the weight as floats: [count, in]."""
-    if isinstance(layer.format, Int8Format):
-        rows = (layer.qweight[:, :count].float() * layer.weight_scales[:count]).T
-    elif layer.format.quantized:
-        width, zeros = _shape(layer)[1], layer.zero_points
-        blocks = layer.qweight[:count].reshape(-1, layer.format.blocks(width), layer.format.block_size * layer.format.bits // 8)
-        few = None if zeros is None else zeros[:count]
-        rows = dequantize(blocks, layer.scales[:count], few, layer.format.bits)[:, :width]
-    else:
-        rows = layer.weight[:, :count].T if isinstance(layer, Linear) else layer.weight[:count]
-    return rows.numpy()

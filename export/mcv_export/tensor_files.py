@@ -49,14 +49,14 @@ class StoredTensor:
     start: int
 
     def rows(self, first: int, last: int) -> NDArray[np.float32]:
-        """Rows [first, last) as float32, the tensor taken as a matrix: [last - first, columns]."""
+        """Rows [first, last) as float32, the tensor taken as a matrix: [last - first, columns], the caller's own to change."""
         columns = matrix_shape(self.shape)[1]
         kind = require_float(self)
         raw = np.fromfile(self.file, kind, (last - first) * columns, offset=self.start + first * columns * kind.itemsize)
         if raw.size != (last - first) * columns:
             raise CheckpointError(f"{self.file.name} ended while {self.name} was read; download it again")
         if self.dtype == "BF16":
-            raw = (raw.astype("<u4") << 16).view("<f4")
+            raw = np.left_shift(raw, np.uint32(16), dtype=np.uint32).view(np.float32)
         with np.errstate(over="ignore"):  # who uses the values looks whether they are finite
             array: NDArray[np.float32] = raw.astype(np.float32, copy=False).reshape(last - first, columns)
         return array
@@ -78,9 +78,10 @@ class LoadedTensor:
         return _TORCH_FLOATS.get(self.value.dtype, str(self.value.dtype).removeprefix("torch."))
 
     def rows(self, first: int, last: int) -> NDArray[np.float32]:
-        """Rows [first, last) as float32, the tensor taken as a matrix: [last - first, columns]."""
+        """Rows [first, last) as float32, the tensor taken as a matrix: [last - first, columns], the caller's own to change."""
         require_float(self)
-        array: NDArray[np.float32] = self.value.reshape(matrix_shape(self.shape))[first:last].float().numpy()
+        rows = self.value.reshape(matrix_shape(self.shape))[first:last]
+        array: NDArray[np.float32] = rows.to(torch.float32, copy=True).numpy()
         return array
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,14 +21,18 @@ from mcv_export.plan import GraphPlan
 from mcv_export.sources import Source, resolve
 from mcv_export.storage import Storage
 from mcv_graphs.folds import Fold, folds
-from mcv_graphs.formats import Int8Format, LayerFormat
 
 _WORTH_A_PRODUCT = 4.0
 """The largest factor over the smallest, from which on a layer's input is multiplied where no weight can take the factors."""
 
 
 def smoothed_unseen(
-    graph: GraphPlan, checkpoint: Checkpoint, recipe: GraphRecipe, target: Target, measured: Measured
+    graph: GraphPlan,
+    checkpoint: Checkpoint,
+    recipe: GraphRecipe,
+    target: Target,
+    measured: Measured,
+    pool: Executor | None = None,
 ) -> Measured:
     """`measured`, with factors for the quantized layers that samples need not have seen.
 
@@ -41,11 +47,11 @@ def smoothed_unseen(
     formats = layer_formats(module, recipe, target)
     tied = {*graph.tied, *graph.tied.values()}
     known = [*folds(module), *(Fold(maker="", readers=(path,), free=False) for path in graph.input_norms)]
-    weights = _Weights(graph, checkpoint, resolve(graph, checkpoint, Storage(measured=measured)), known)
+    weights = _Weights(graph, checkpoint, resolve(graph, checkpoint, Storage(measured=measured)), known, pool)
     smoothing = dict(measured.smoothing)
     for fold in known:
         kinds = [formats[layer] for layer in fold.readers if layer in formats]
-        if not tied.isdisjoint(fold.readers) or not any(kind.quantized for kind in kinds) or any(map(_is_static, kinds)):
+        if not tied.isdisjoint(fold.readers) or not any(kind.quantized for kind in kinds) or any(kind.static for kind in kinds):
             continue
         if any(f"{layer}.weight" not in weights.sources for layer in fold.readers):
             continue
@@ -56,10 +62,6 @@ def smoothed_unseen(
     return replace(measured, smoothing=smoothing)
 
 
-def _is_static(kind: LayerFormat) -> bool:
-    return isinstance(kind, Int8Format) and kind.activations == "static"
-
-
 @dataclass(slots=True)
 class _Weights:
     """What the weights of one graph say, each read once."""
@@ -68,6 +70,7 @@ class _Weights:
     checkpoint: Checkpoint
     sources: Mapping[str, Source]
     folds: list[Fold]
+    pool: Executor | None
     _seen: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=dict)
 
     def typical(self, fold: Fold) -> NDArray[np.float64]:
@@ -103,14 +106,25 @@ class _Weights:
             source = self.sources[f"{path}.weight"]
             fold = next((fold for fold in self.folds if path in fold.readers), None)
             typical = np.ones(source.shape[1]) if fold is None else self.typical(fold)
-            rows, columns = [], np.zeros(source.shape[1])
-            for _, chunk in source.chunks():
-                squares = np.square(chunk, dtype=np.float64)
-                rows.append(np.sqrt(squares @ typical**2))
-                columns += squares.sum(0)
-            self._seen[path] = np.concatenate(rows), columns
+            looks = (self.pool.map if self.pool else map)(partial(_energies, source, typical), source.spans())
+            rows, columns = zip(*looks, strict=True)
+            self._seen[path] = np.sqrt(np.concatenate(rows)), np.sum(columns, 0)
         return self._seen[path]
 
     def _vector(self, name: str) -> NDArray[np.float64]:
         tensor = self.checkpoint.tensor(name)
         return tensor.rows(0, tensor.shape[0]).ravel().astype(np.float64)
+
+
+def _energies(
+    source: Source, typical: NDArray[np.float64], span: tuple[int, int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of rows of a weight: what each gives of an input of these sizes, squared, and the energy of each column.
+
+    Sums of numpy's own, not of a BLAS, whose order depends on how many threads it has.
+    """
+    squares = source.rows(*span)
+    with np.errstate(over="ignore"):  # a factor that is no number is refused where it is used
+        np.square(squares, out=squares)
+        rows = np.einsum("nk,k->n", squares, np.square(typical).astype(np.float32))
+        return rows.astype(np.float64), squares.sum(0).astype(np.float64)

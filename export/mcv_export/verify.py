@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import nn
 
+from mcv_calibration.contender import Call, WatchedSession
 from mcv_calibration.measured import NOTHING
 from mcv_calibration.recipe import Recipe
-from mcv_export.adapters import Adapter, open_merged, require_same_adapters
+from mcv_export.adapters import Adapter
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.eager import eager_module
-from mcv_export.families import recognise
 from mcv_export.graph_files import storage_of
+from mcv_export.origin import open_origin
 from mcv_export.plan import GraphPlan
 from mcv_export.stored import check_weights, stored_module
 from mcv_export.unseen_smoothing import smoothed_unseen
@@ -29,12 +30,10 @@ from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.decoding.decoder import Decoder
 from mcv_runtime.decoding.row import prompt_keys
 from mcv_runtime.engine import load
-from mcv_runtime.errors import CheckpointError
-from mcv_runtime.sessions.graphs import Session, cpu_session, session_options
+from mcv_runtime.sessions.graphs import cpu_session, session_options
 from mcv_runtime.text.prompts import Prompt
 
 Array: TypeAlias = NDArray[Any]
-Feed: TypeAlias = Mapping[str, Array]
 
 STEPS = 8
 """Tokens that both sides decode."""
@@ -93,22 +92,14 @@ def compare(bundle: Bundle, checkpoint_folder: Path, adapters: Sequence[Adapter]
 
     `adapters` are those that the bundle was built with.
     """
-    checkpoint = open_merged(checkpoint_folder, adapters)
-    require_same_adapters(bundle, checkpoint)
-    family = recognise(checkpoint.config)
-    plan = family.plan(checkpoint)
-    specs = bundle.manifest.graphs
-    if family.name != bundle.manifest.family or any(graph.io.all_inputs != specs[graph.name].inputs for graph in plan.graphs):
-        raise CheckpointError(
-            f"{bundle.folder} was built from {bundle.manifest.model}, not from {checkpoint_folder}: their shapes differ"
-        )
+    checkpoint, plan = open_origin(bundle, checkpoint_folder, adapters)
     recipe = Recipe.from_data(bundle.manifest.quantization)
     recorded, embeds, prompt = _run(bundle)
     *encoders, decoder = plan.graphs
     differences = []
     with torch.inference_mode():
         for graph in encoders:
-            module, calls = _module(graph, checkpoint, bundle, recipe), recorded[graph.name].calls
+            module, calls = _module(graph, checkpoint, bundle, recipe), recorded[graph.name]
             arguments = [[torch.from_numpy(call.inputs[name]) for name in graph.io.inputs] for call in calls]
             expected = [module(*tensors).numpy() for tensors in arguments]
             differences.append(_difference(recipe, graph, expected, [call.output for call in calls]))
@@ -119,49 +110,22 @@ def compare(bundle: Bundle, checkpoint_folder: Path, adapters: Sequence[Adapter]
     return Report(differences=tuple(differences), tokens=STEPS, tokens_equal=equal)
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a graph was given and what it made of it."""
-
-    inputs: Feed
-    output: Array
-
-
-class Recorder:
-    """A session that remembers its calls."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self.calls: list[Call] = []
-
-    def run(self, output_names: list[str] | None, input_feed: dict[str, Any]) -> Any:
-        result = self._session.run(output_names, input_feed)
-        self.calls.append(Call(input_feed, result[0]))
-        return result
-
-    def io_binding(self) -> Any:
-        return self._session.io_binding()
-
-    def run_with_iobinding(self, iobinding: Any) -> None:
-        self._session.run_with_iobinding(iobinding)
-
-
-def _run(bundle: Bundle) -> tuple[dict[GraphName, Recorder], Array, Prompt]:
+def _run(bundle: Bundle) -> tuple[dict[GraphName, list[Call]], Array, Prompt]:
     """The calls of each graph on a sample picture, in every downsample mode; its visual tokens in the default one; a prompt."""
-    opened: dict[Path, Recorder] = {}
+    names = {bundle.graph(name): name for name in bundle.manifest.graphs}
+    calls: dict[GraphName, list[Call]] = {name: [] for name in bundle.manifest.graphs}
 
-    def open_recorded(path: Path, options: ort.SessionOptions) -> Recorder:
-        return opened.setdefault(path, Recorder(cpu_session(path, options)))
+    def open_watched(path: Path, options: ort.SessionOptions) -> WatchedSession:
+        return WatchedSession(names[path], cpu_session(path, options), calls[names[path]])
 
-    engine = load(bundle.folder, session_factory=open_recorded)
+    engine = load(bundle.folder, session_factory=open_watched)
     image = bundle.manifest.image
     sample = sample_picture(image.scale_resolution)
     picture = engine.encode_image(sample)
     for mode in image.downsample.keys() - {image.downsample_mode}:
         engine.encode_image(sample, downsample_mode=mode, max_slice_nums=1)
     prompt = engine.prompt([{"role": "user", "content": [picture, _QUESTION]}])
-    paths = {name: bundle.graph(name) for name in bundle.manifest.graphs}
-    return {name: opened[path] for name, path in paths.items() if path in opened}, picture.embeds.copy(), prompt
+    return calls, picture.embeds.copy(), prompt
 
 
 def sample_picture(side: int) -> Image.Image:

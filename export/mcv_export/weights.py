@@ -1,8 +1,13 @@
-"""Streaming a checkpoint's tensors into a graph's external data file, a few rows at a time, quantized on the way."""
+"""Streaming a checkpoint's tensors into a graph's external data file, a few rows at a time, quantized on the way.
+
+Each piece has its own place in the file: threads read, quantize and write pieces in any order, and the file is the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,17 +16,19 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import nn
 
-from mcv_export.layer_weights import constants, int8_rows, quantized_chunks
+from mcv_export.layer_weights import constants, layer_rows, layer_spans
 from mcv_export.plan import GraphPlan
-from mcv_export.sources import CHUNK_VALUES, Source, require_finite
+from mcv_export.sources import PIECE_VALUES, Source, require_finite
 from mcv_export.storage import Storage
-from mcv_graphs.formats import Int8Format
+from mcv_graphs.formats import Tensors
 from mcv_graphs.layers import Embedding, Linear
 
 _PAGE, _LINE = 4096, 64
 """Large tensors start on page borders, so that a runtime can map them; small ones would waste a page each."""
-_BAND_BYTES = 4 * 4 * CHUNK_VALUES
-"""Of a transposed weight, what is gathered before it is written."""
+_COLUMN_VALUES = 4 * PIECE_VALUES
+"""Of a piece that is written as columns: more rows make longer runs of bytes in the file."""
+_TURNED = 64
+"""Rows that are turned into columns at once: few enough for a processor's cache."""
 
 
 def layout(model: ir.Model, module: nn.Module, twins: Mapping[str, str]) -> tuple[dict[str, int], int]:
@@ -46,35 +53,26 @@ def write_weights(
     sources: Mapping[str, Source],
     plan: GraphPlan,
     storage: Storage,
+    pool: Executor,
     advance: Callable[[int], None],
 ) -> dict[str, int]:
     """Write every tensor of the graph to `file` and point its initializer there; `advance` gets the parameters done.
 
     Returns where each tensor starts.
     """
-    computed, twins = plan.computed, storage.twins(plan, module)
+    twins = storage.twins(plan, module)
     offsets, size = layout(model, module, twins)
     with file.open("wb") as stream:
         stream.truncate(size)
-        for name, offset in offsets.items():
-            owner, _, leaf = name.rpartition(".")
-            child = module.get_submodule(owner)
-            if name in twins:
-                advance(sources[f"{owner}.weight"].size if leaf in ("qweight", "weight") else 0)
-            elif name in computed:
-                values = computed[name]()
-                require_finite(values, name)
-                _write(stream, offset, values)
-            elif leaf == "qweight" and isinstance(child, Linear | Embedding):
-                at = {leaf: offsets[f"{owner}.{leaf}"] for leaf, _ in child.named_buffers(recurse=False)}
-                write = _write_int8 if isinstance(child.format, Int8Format) else _write_blocks
-                write(stream, at, owner, sources[f"{owner}.weight"], child, storage, advance)
-            elif leaf == "weight" and isinstance(child, Linear):
-                _write_transposed(stream, offset, sources[name], advance)
-            elif name in sources:
-                for first, rows in sources[name].chunks():
-                    _write(stream, offset + first * rows[0].nbytes, rows)
-                    advance(rows.size)
+    writer = _Writer(file, offsets, module, sources, plan, storage)
+    pieces = [piece for name in offsets if name not in twins for piece in writer.pieces(name)]
+    futures = [pool.submit(write, *arguments) for _, write, *arguments in pieces]
+    for (parameters, *_), future in zip(pieces, futures, strict=True):
+        future.result()
+        advance(parameters)
+    for name in twins:
+        owner, _, leaf = name.rpartition(".")
+        advance(sources[f"{owner}.weight"].size if leaf in ("qweight", "weight") else 0)
     point(model, file, offsets)
     return offsets
 
@@ -90,72 +88,81 @@ def point(model: ir.Model, file: Path, offsets: Mapping[str, int]) -> None:
         )
 
 
-def _write_blocks(
-    stream: BinaryIO,
-    at: Mapping[str, int],
-    path: str,
-    source: Source,
-    child: Linear | Embedding,
-    storage: Storage,
-    advance: Callable[[int], None],
-) -> None:
-    """The quantized weight chunk by chunk; its scales and zero points are small and follow each chunk to their own places."""
-    for leaf, array in constants(child, path, storage).items():
-        _write(stream, at[leaf], array)
-    for first, tensors in quantized_chunks(child, path, source, storage):
-        for leaf, array in tensors.items():
-            _write(stream, at[leaf] + first * array[0].nbytes, array)
-        advance(len(tensors["qweight"]) * source.shape[1])
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """What writes any piece of one file."""
+
+    file: Path
+    offsets: Mapping[str, int]
+    module: nn.Module
+    sources: Mapping[str, Source]
+    plan: GraphPlan
+    storage: Storage
+
+    def pieces(self, name: str) -> list[tuple[Any, ...]]:
+        """How a tensor is written: for each piece, its parameters, a function and what it is given."""
+        owner, _, leaf = name.rpartition(".")
+        layer = self.module.get_submodule(owner)
+        if name in self.plan.computed:
+            return [(0, self.computed, name)]
+        if isinstance(layer, Linear | Embedding) and leaf == layer.format.main:
+            source = self.sources[f"{owner}.weight"]
+            values = _COLUMN_VALUES if _columns(layer) else PIECE_VALUES
+            spans = layer_spans(layer.format, owner, source, self.storage, values)
+            pieces = [((last - first) * source.shape[1], self.weight, owner, first, last) for first, last in spans]
+            return [(0, self.constants, owner), *pieces]
+        if name in self.sources:
+            return [(self.sources[name].size, self.in_float, name)]
+        return []
+
+    def computed(self, name: str) -> None:
+        values = self.plan.computed[name]()
+        require_finite(values, name)
+        self._write({name: values})
+
+    def constants(self, owner: str) -> None:
+        found = constants(self._layer(owner).format, owner, self.storage)
+        self._write({f"{owner}.{leaf}": array for leaf, array in found.items()})
+
+    def in_float(self, name: str) -> None:
+        self._write({name: self.sources[name].all()})
+
+    def weight(self, owner: str, first: int, last: int) -> None:
+        layer, source = self._layer(owner), self.sources[f"{owner}.weight"]
+        tensors = layer_rows(layer.format, owner, source, self.storage, first, last)
+        turned = _columns(layer)
+        self._write({f"{owner}.{leaf}": rows for leaf, rows in tensors.items() if leaf not in turned}, first)
+        for leaf in turned:
+            with self.file.open("r+b") as stream:
+                _write_columns(stream, self.offsets[f"{owner}.{leaf}"], tensors[leaf], first, source.shape[0])
+
+    def _layer(self, owner: str) -> Linear | Embedding:
+        layer = self.module.get_submodule(owner)
+        assert isinstance(layer, Linear | Embedding)
+        return layer
+
+    def _write(self, tensors: Tensors, first: int = 0) -> None:
+        """Rows of tensors from `first` on."""
+        with self.file.open("r+b") as stream:
+            for name, rows in tensors.items():
+                stream.seek(self.offsets[name] + (first * rows[0].nbytes if first else 0))
+                stream.write(np.ascontiguousarray(rows).data)
 
 
-def _write_int8(
-    stream: BinaryIO,
-    at: Mapping[str, int],
-    path: str,
-    source: Source,
-    child: Linear | Embedding,
-    storage: Storage,
-    advance: Callable[[int], None],
-) -> None:
-    """The weight as [in, out], and what goes with it. A row's scale depends on that row alone: each band finds it anew."""
-    assert isinstance(child.format, Int8Format)
-    for leaf, array in constants(child, path, storage).items():
-        _write(stream, at[leaf], array)
-    largest = child.format.largest
-
-    def quantized(first: int, rows: NDArray[np.float32]) -> NDArray[np.int8]:
-        tensors = int8_rows(rows, largest)
-        _write(stream, at["weight_scales"] + first * 4, tensors["weight_scales"])
-        return tensors["qweight"]
-
-    _write_bands(stream, at["qweight"], source, np.dtype(np.int8), quantized, advance)
+def _columns(layer: Linear | Embedding) -> frozenset[str]:
+    """The tensors that the layer holds as columns."""
+    return layer.format.columns if isinstance(layer, Linear) else frozenset()
 
 
-def _write_transposed(stream: BinaryIO, offset: int, source: Source, advance: Callable[[int], None]) -> None:
-    """A float weight as [in, out]."""
-    _write_bands(stream, offset, source, np.dtype(np.float32), lambda _, rows: rows, advance)
-
-
-def _write_bands(
-    stream: BinaryIO,
-    offset: int,
-    source: Source,
-    dtype: np.dtype[Any],
-    convert: Callable[[int, NDArray[np.float32]], NDArray[Any]],
-    advance: Callable[[int], None],
-) -> None:
-    """Bands of columns, each gathered from chunks of rows, as rows of what is written."""
-    rows, columns = source.shape
-    band = max(_BAND_BYTES // dtype.itemsize // rows, 1)
-    for start in range(0, columns, band):
-        stop = min(start + band, columns)
-        transposed = np.empty((stop - start, rows), dtype)
-        for first, chunk in source.chunks():
-            transposed[:, first : first + len(chunk)] = convert(first, chunk)[:, start:stop].T
-        _write(stream, offset + start * rows * dtype.itemsize, transposed)
-        advance(transposed.size)
-
-
-def _write(stream: BinaryIO, offset: int, array: NDArray[Any]) -> None:
-    stream.seek(offset)
-    stream.write(np.ascontiguousarray(array).data)
+def _write_columns(stream: BinaryIO, offset: int, rows_RK: NDArray[Any], first: int, count: int) -> None:
+    """Rows [first, first + R) of `count`, as columns of [K, count]."""
+    turned = np.empty(rows_RK.shape[::-1], rows_RK.dtype)
+    for row in range(0, len(rows_RK), _TURNED):
+        turned[:, row : row + _TURNED] = rows_RK[row : row + _TURNED].T
+    if turned.shape[1] == count:
+        stream.seek(offset)
+        stream.write(turned.data)
+        return
+    for column, values in enumerate(turned):
+        stream.seek(offset + (column * count + first) * turned.itemsize)
+        stream.write(values.data)

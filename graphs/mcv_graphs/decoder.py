@@ -95,7 +95,7 @@ class Decoder(nn.Module):
     ) -> DecoderState:
         """`forward` up to the first layer."""
         embeds = self.embed_tokens(input_ids)
-        flat = embeds.flatten(0, 1).index_copy(0, vision_positions, vision_embeds)
+        flat = embeds.flatten(0, 1).index_put((vision_positions,), vision_embeds)
         x = flat.view_as(embeds)
         normed = cast(DecoderLayer, self.layers[0]).input_layernorm(x)
         return LayerState(normed, x, logit_positions, past, [], (seqlens_k, total_sequence_length))

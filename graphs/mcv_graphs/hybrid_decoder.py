@@ -110,7 +110,7 @@ class HybridDecoder(nn.Module):
     ) -> LayerState[Call]:
         """`forward` up to the first layer."""
         embeds = self.embed_tokens(input_ids)
-        x = embeds.flatten(0, 1).index_copy(0, vision_positions, vision_embeds).view_as(embeds)
+        x = embeds.flatten(0, 1).index_put((vision_positions,), vision_embeds).view_as(embeds)
         call = Call(*self.rotary(position_ids), _row_numbers(input_ids), seqlens_k, total_sequence_length)
         normed = cast(HybridLayer, self.layers[0]).input_layernorm(x)
         return LayerState(normed, x, logit_positions, past, [], call)

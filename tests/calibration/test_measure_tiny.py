@@ -94,7 +94,7 @@ def calibrate(checkpoint: Checkpoint, samples: SampleSet, recipe: GraphRecipe, s
             samples,
             recipe,
             layer_inputs(modules[name]),
-            lambda path, sources=sources: (rows for _, rows in sources[f"{path}.weight"].chunks()),
+            lambda path, sources=sources: sources[f"{path}.weight"].pieces(),
             Store(f"{checkpoint.folder} {name}", store),
         )
     return found

@@ -52,6 +52,18 @@ def copy_checkpoint(golden_root: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[object, ...]]:
+    """Arguments of `mcv-export build` that name a recipe file with these keys."""
+
+    def write(**keys: Any) -> tuple[object, ...]:
+        file = tmp_path_factory.mktemp("recipe") / "recipe.json"
+        file.write_text(json.dumps(keys), encoding="utf-8")
+        return "--recipe", file
+
+    return write
+
+
+@pytest.fixture
 def edit_tensors(checkpoint: Path) -> Callable[[Edit], Path]:
     """Change the copy's tensors in place."""
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from mcv_calibration.recipe import Precision
+from mcv_calibration.precisions import Precision
 from mcv_export import cli
 from mcv_export.adapters import Adapter, find_adapter, open_merged
 from mcv_export.adapters.tensors import LowRank, MergedTensor, matrix
@@ -367,10 +367,14 @@ def test_what_was_measured_for_the_base_is_not_taken(tuned: tuple[Path, Path], g
 
 
 def test_a_report_and_its_gate_are_about_the_merged_model(
-    tuned: tuple[Path, Path], golden_root: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+    tuned: tuple[Path, Path],
+    golden_root: Path,
+    tmp_path: Path,
+    run: Callable[..., tuple[int, str, str]],
+    recipe: Callable[..., tuple[object, ...]],
 ) -> None:
     source = golden_root / "minicpmv2_6" / "checkpoint"
-    options = ("--precision", "q8", "--num-samples", 2, "--max-kl", 0.3)
+    options = ("--precision", "q8", *recipe(num_samples=2), "--max-kl", 0.3)
     code, _, said = run("build", source, tmp_path / "bundle", "--adapter", tuned[0], *options)
     assert code == 0, said
     code, _, said = run("report", tmp_path / "bundle", "--model", source, "--adapter", tuned[0], "--num-samples", 2)

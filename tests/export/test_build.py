@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -113,13 +114,13 @@ def test_two_builds_are_equal(bundles: dict[str, Path], source: Path, tmp_path: 
 
 
 @pytest.mark.waits
-def test_graphs_are_the_same_wherever_they_are_built(source: Path, tmp_path: Path) -> None:
+def test_graphs_are_the_same_wherever_they_are_built(source: Path, tmp_path: Path, recipe: Callable[..., Any]) -> None:
     """Other folders of the checkpoint, the bundle and these sources, another order of sets: the same bytes, without a path."""
     for package in (mcv_runtime, mcv_graphs, mcv_calibration, mcv_export):
         folder = Path(package.__file__).parent
         shutil.copytree(folder, tmp_path / "elsewhere" / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(source, tmp_path / "moved" / "model", copy_function=shutil.copyfile)
-    arguments = ["build", "moved/model", "there", "--kv", "int8", "--num-samples", "2"]
+    arguments = ["build", "moved/model", "there", "--kv", "int8", *map(str, recipe(num_samples=2))]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "elsewhere"), "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", "from mcv_export.cli import main; main()", *arguments]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)

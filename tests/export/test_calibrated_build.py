@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from mcv_calibration.recipe import GraphRecipe, Recipe
 from mcv_export import cli
 from mcv_export.build import BuildOptions, BuildResult, build
 from mcv_export.calibrate import SampleOptions
+from mcv_export.precision import Wishes
+from mcv_export.recipe_file import RecipeFile
 from mcv_export.verify import compare
 from mcv_graphs.siglip import SiglipTower
 from mcv_runtime.bundle.folder import Bundle
@@ -127,8 +129,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-def test_the_command_line_says_it_all(
+def test_options_go_over_the_recipe_file_and_its_graphs_over_what_it_says_of_all(
     run: Callable[..., tuple[int, str]],
+    recipe: Callable[..., tuple[object, ...]],
     golden_root: Path,
     samples: SampleOptions,
     tmp_path: Path,
@@ -136,9 +139,19 @@ def test_the_command_line_says_it_all(
 ) -> None:
     monkeypatch.setenv("MCV_CACHE", str(tmp_path / "cache"))
     source, out = golden_root / "minicpmv2_6" / "checkpoint", tmp_path / "bundle"
-    given: list[Any] = ["--calibration", samples.folder, "--num-samples", 2, "--prompts", samples.prompts]
-    how = ["--vision", "int8-static", "--resampler", "q8", "--target", "avx2", "--ranges", "mse", "--smoothing", 0.4, "--mixed"]
-    code, told = run("build", source, out, *given, *how, "--method", "k-quant", "--prune-ffn", 0.25)
+    given: list[Any] = ["--calibration", samples.folder, "--prompts", samples.prompts]
+    how = ["--vision", "int8-static", "--target", "avx2"]
+    file = recipe(
+        target="arm64",
+        graphs={
+            "*": {"smoothing": 0.4, "block_size": 64, "method": "k-quant"},
+            "vision_encoder": {"precision": "q8", "ranges": "mse", "prune_ffn": 0.25},
+            "resampler": {"precision": "q8", "block_size": 32},
+            "decoder_with_past": {"layers": {"embed_tokens": "q8"}, "prune_ffn": 0.25},
+        },
+        num_samples=2,
+    )
+    code, told = run("build", source, out, *given, *how, *file)
     assert code == 0
     assert "calibrated with 10 samples from " in told  # eight drawn ones beside the two
     written = Bundle.open(out).manifest
@@ -150,9 +163,9 @@ def test_the_command_line_says_it_all(
             "resampler": {"precision": "q8", "method": "k-quant", "block_size": 32, "smoothing": 0.4},
             "decoder_with_past": {
                 "precision": "q4",
-                "layers": {"embed_tokens": "q8", "lm_head": "q8"},
+                "layers": {"embed_tokens": "q8"},
                 "method": "k-quant",
-                "block_size": 32,
+                "block_size": 64,
                 "smoothing": 0.4,
                 "prune_ffn": 0.25,
             },
@@ -187,23 +200,61 @@ def test_what_is_not_observed_is_computed_once(
 
 
 @pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"graphs": {"*": {"prune_ffn": 1.5}}}, "prune_ffn=1.5"),
+        ({"graphs": {"*": {"smoothing": 2}}}, "smoothing=2"),
+        ({"graphs": {"*": {"blocksize": 64}}}, "'blocksize'; did you mean 'block_size'?"),
+        ({"graphs": {"decoder": {}}}, "'decoder'; did you mean 'decoder_with_past'?"),
+        ({"graphs": {"resampler": 4}}, "resampler must be an object"),
+        ({"num_sample": 4}, "'num_sample'; did you mean 'num_samples'?"),
+        ({"num_samples": True}, "num_samples=true"),
+        ({"min_agreement": 2}, "from 0 to 1"),
+        ({"target": "abacus"}, "'abacus' is none of"),
+    ],
+)
+def test_recipe_files_that_make_no_sense(
+    keys: dict[str, Any],
+    words: str,
+    run: Callable[..., tuple[int, str]],
+    recipe: Callable[..., tuple[object, ...]],
+    golden_root: Path,
+    tmp_path: Path,
+) -> None:
+    refused(run, golden_root, tmp_path, words, *recipe(**keys))
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--prune-ffn", "1.5"], "prune_ffn=1.5"),
-        (["--smoothing", "2"], "smoothing=2.0"),
-        (["--mixed", "--decoder", "q8"], "q4 decoder"),
-        (["--recipe", "nowhere.json"], "nowhere.json cannot be read"),
-        (["--recipe", "nowhere.json", "--mixed"], "leave out the options"),
+        (["--recipe", "nowhere.json"], "nowhere.json is not there"),
+        (["--recipe", __file__], "is not JSON"),
         (["--vision", "int8-static", "--prompts", "x.txt"], "--calibration"),
     ],
 )
 def test_wishes_that_make_no_sense(
     arguments: list[str], words: str, run: Callable[..., tuple[int, str]], golden_root: Path, tmp_path: Path
 ) -> None:
+    refused(run, golden_root, tmp_path, words, *arguments)
+
+
+def refused(run: Callable[..., tuple[int, str]], golden_root: Path, tmp_path: Path, words: str, *arguments: object) -> None:
     code, told = run("build", golden_root / "minicpmv2_6" / "checkpoint", tmp_path / "bundle", *arguments)
     assert code == 2
     assert words in told
     assert told.strip().count("\n") == 0
+
+
+def test_the_readme_says_what_a_recipe_file_may_hold(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    example = text.partition("```json\n")[2].partition("```")[0]
+    (tmp_path / "recipe.json").write_text(example, encoding="utf-8")
+    said = RecipeFile.read(tmp_path / "recipe.json")
+    graphs = Wishes(settings=said.graphs).recipe().graphs
+    assert {name: graph.smoothing for name, graph in graphs.items()} == dict.fromkeys(graphs, 0.4)
+    assert said.search
+    keys = [each.name for kind in (RecipeFile, GraphRecipe) for each in fields(kind)]
+    assert [key for key in keys if f"`{key}`" not in text and key != "graphs"] == []
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_output_exists(fails: Callable[..., str], checkpoint: Path, tmp_path: Pa
 
 def test_output_is_the_checkpoint(fails: Callable[..., str], checkpoint: Path) -> None:
     """Whatever the options; the message comes before any work."""
-    for options in ((), ("--force",), ("--force", "--search", "--max-kl", "1")):
+    for options in ((), ("--force",), ("--force", "--report", "--max-kl", "1")):
         said = fails(checkpoint, *options, target=checkpoint)
         assert said == f"{checkpoint} is the checkpoint; choose another folder"
 
@@ -157,9 +157,9 @@ def test_output_cannot_be_made(fails: Callable[..., str], checkpoint: Path, tmp_
     assert "cannot be written" in fails(checkpoint, target=tmp_path / "file" / "bundle")
 
 
-def test_options(fails: Callable[..., str], checkpoint: Path) -> None:
-    assert "block_size=33" in fails(checkpoint, "--block-size", "33")
-    assert "wide cannot be cut into blocks of 512" in fails(checkpoint, "--block-size", "512")
+def test_options(fails: Callable[..., str], checkpoint: Path, recipe: Callable[..., Any]) -> None:
+    for block_size, words in ((33, "block_size=33"), (512, "wide cannot be cut into blocks of 512")):
+        assert words in fails(checkpoint, *map(str, recipe(graphs={"*": {"block_size": block_size}})))
 
 
 @pytest.mark.waits

@@ -22,6 +22,7 @@ from mcv_graphs.layers import Linear
 from mcv_runtime.bundle.folder import Bundle
 
 Run = Callable[..., tuple[int, str]]
+Recipe = Callable[..., tuple[object, ...]]
 
 
 @pytest.fixture
@@ -43,9 +44,9 @@ def source(golden_root: Path) -> Path:
     return golden_root / "minicpmv2_6" / "checkpoint"
 
 
-def test_a_build_that_misses_its_gate_leaves_nothing_behind(source: Path, tmp_path: Path, run: Run) -> None:
+def test_a_build_that_misses_its_gate_leaves_nothing_behind(source: Path, tmp_path: Path, run: Run, recipe: Recipe) -> None:
     out = tmp_path / "bundle"
-    code, err = run("build", source, out, *FOUR_BITS, "--num-samples", 1, "--max-kl", "1e-9")
+    code, err = run("build", source, out, *FOUR_BITS, *recipe(num_samples=1), "--max-kl", "1e-9")
     assert code == 3
     last = err.strip().splitlines()[-1]
     assert last.startswith("mcv-export: bundle misses its gate: its KL divergence ")
@@ -53,10 +54,9 @@ def test_a_build_that_misses_its_gate_leaves_nothing_behind(source: Path, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_search_finds_a_recipe_that_can_be_replayed(source: Path, tmp_path: Path, run: Run) -> None:
+def test_a_search_finds_a_recipe_that_can_be_replayed(source: Path, tmp_path: Path, run: Run, recipe: Recipe) -> None:
     found, again = tmp_path / "found", tmp_path / "again"
-    limits = ("--num-samples", 1, "--max-kl", "1.5")
-    code, _ = run("build", source, found, *FOUR_BITS, "--search", *limits)
+    code, _ = run("build", source, found, *FOUR_BITS, *recipe(num_samples=1, search=True), "--max-kl", "1.5")
     assert code == 0
     manifest = Bundle.open(found).manifest
     recipe = manifest.quantization["graphs"]
@@ -71,11 +71,12 @@ def test_a_search_finds_a_recipe_that_can_be_replayed(source: Path, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "found"]
 
 
-def test_a_search_needs_a_gate_and_a_free_place(source: Path, tmp_path: Path, run: Run) -> None:
-    code, err = run("build", source, tmp_path / "bundle", "--search", "--num-samples", 1)
+def test_a_search_needs_a_gate_and_a_free_place(source: Path, tmp_path: Path, run: Run, recipe: Recipe) -> None:
+    searched = recipe(num_samples=1, search=True)
+    code, err = run("build", source, tmp_path / "bundle", *searched)
     assert code == 2
-    assert "give it --max-kl or --min-agreement" in err
-    code, err = run("build", source, tmp_path, "--search", "--max-kl", 1, "--num-samples", 1)
+    assert "give it --max-kl, or min_agreement in the recipe" in err
+    code, err = run("build", source, tmp_path, *searched, "--max-kl", 1)
     assert code == 2
     assert "--force" in err
 

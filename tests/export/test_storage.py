@@ -18,7 +18,8 @@ from mcv_export.families import recognise
 from mcv_export.graph_files import storage_of, write_graph
 from mcv_export.plan import GraphPlan
 from mcv_export.sources import resolve
-from mcv_graphs.formats import WeightFormat
+from mcv_export.workers import workers
+from mcv_graphs.formats import FLOAT32, WeightFormat
 from mcv_graphs.layers import Linear
 from mcv_runtime.errors import OptionError
 from mcv_runtime.sessions.graphs import cpu_session, session_options
@@ -125,7 +126,7 @@ def test_factors_of_one_norm_must_agree(tower: GraphPlan, checkpoint: Checkpoint
         eager_module(
             tower,
             checkpoint,
-            formats={"layers.0.fc2": WeightFormat()},
+            formats={"layers.0.fc2": FLOAT32},
             measured=Measured(smoothing={"layers.0.fc2": np.ones(wide, np.float32)}),
         )
 
@@ -187,7 +188,8 @@ def _both(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What ONNX Runtime and what torch makes of the same storage."""
     storage = storage_of(plan, recipe, target, found)
-    write_graph(plan, storage, checkpoint, folder / "graph.onnx", lambda *_: None)
+    with workers() as pool:
+        write_graph(plan, storage, checkpoint, folder / "graph.onnx", lambda *_: None, pool)
     (emitted,) = cpu_session(folder / "graph.onnx", session_options(1)).run(None, dict(feed))
     module = eager_module(plan, checkpoint, formats=storage.formats, measured=found, method=recipe.method)
     return emitted, _run_eager(module, feed)

@@ -1,0 +1,118 @@
+"""Every precision by its name, and what differs between them.
+
+Another one is a file with its format (`mcv_graphs.formats.LayerFormat`) and its `PrecisionSpec`, and a line in `PRECISIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from mcv_calibration.target import Target
+
+if TYPE_CHECKING:
+    import onnx
+
+    from mcv_graphs.formats import Activations, LayerFormat
+
+# Formats are torch's business, which takes seconds to import: they are imported when a layer gets one.
+
+Precision: TypeAlias = str
+"""A key of `PRECISIONS`."""
+Makers: TypeAlias = "Mapping[str, onnx.NodeProto]"
+"""The node that makes each tensor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionSpec:
+    """One precision."""
+
+    name: Precision
+    suffix: str
+    """What a graph's file name ends in."""
+    higher: Precision | None
+    """What costly layers are raised to."""
+    layer: Callable[[int, Target], LayerFormat]
+    """The format of a layer, by block size and target."""
+    table: Precision | None = None
+    """What an embedding has in its place."""
+    in_blocks: bool = False
+    """Whether weights are cut into blocks, for which there are sizes and methods."""
+    in_int8: bool = False
+    """Whether 8-bit integers are multiplied, for which processors differ."""
+    static: bool = False
+    """Whether samples must show the range of a layer's input."""
+    operators: Mapping[str, int]
+    """Operators that read a layer's weight, and as which input."""
+    tells: Callable[[onnx.NodeProto, Makers], bool] = field(default=lambda node, makers: True)
+    """Whether such a node is of this precision, where others have the operator too."""
+
+
+def _float32(block_size: int, target: Target) -> LayerFormat:
+    from mcv_graphs.formats import FLOAT32
+
+    return FLOAT32
+
+
+def _blocks(bits: int, higher: Precision) -> PrecisionSpec:
+    def layer(block_size: int, target: Target) -> LayerFormat:
+        from mcv_graphs.formats import WeightFormat
+
+        return WeightFormat(bits=bits, block_size=block_size)
+
+    return PrecisionSpec(
+        name=f"q{bits}",
+        suffix=f"_q{bits}",
+        higher=higher,
+        layer=layer,
+        in_blocks=True,
+        operators={"MatMulNBits": 1, "GatherBlockQuantized": 0},
+        tells=lambda node, makers: any(each.name == "bits" and each.i == bits for each in node.attribute),
+    )
+
+
+def _int8(
+    activations: Activations, suffix: str, operator: str, tells: Callable[[onnx.NodeProto, Makers], bool]
+) -> PrecisionSpec:
+    def layer(block_size: int, target: Target) -> LayerFormat:
+        """Unsigned activations on x86, where its fast kernels want them; 7-bit weights where 16-bit sums could overflow.
+
+        The operator for dynamic activations takes unsigned ones everywhere.
+        """
+        from mcv_graphs.formats import Int8Format
+
+        signed = target == "arm64" and activations != "dynamic"
+        return Int8Format(activations=activations, signed=signed, reduce_range=target == "avx2")
+
+    return PrecisionSpec(
+        name=f"int8-{activations}",
+        suffix=suffix,
+        higher="q8",
+        layer=layer,
+        table="q8",
+        in_int8=True,
+        static=activations == "static",
+        operators={operator: 1},
+        tells=tells,
+    )
+
+
+def row_peaks(node: onnx.NodeProto, makers: Makers) -> str | None:
+    """What each row of a product of 8-bit integers was divided by before, and is multiplied by after it."""
+    quantize = makers.get(node.input[0]) if node.op_type == "MatMulIntegerToFloat" else None
+    divide = makers.get(quantize.input[0]) if quantize is not None else None
+    return str(divide.input[1]) if divide is not None and divide.op_type == "Div" else None
+
+
+PRECISIONS: dict[Precision, PrecisionSpec] = {
+    spec.name: spec
+    for spec in (
+        PrecisionSpec(name="fp32", suffix="", higher=None, layer=_float32, operators={"MatMul": 1, "Gemm": 1, "Gather": 0}),
+        _blocks(8, "fp32"),
+        _blocks(4, "q8"),
+        _int8("static", "_int8", "MatMulIntegerToFloat", lambda node, makers: row_peaks(node, makers) is None),
+        _int8("dynamic", "_int8_dynamic", "DynamicQuantizeMatMul", lambda node, makers: True),
+        _int8("token", "_int8_token", "MatMulIntegerToFloat", lambda node, makers: row_peaks(node, makers) is not None),
+    )
+}
