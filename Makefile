@@ -73,7 +73,7 @@ clean:
 LOCK := .venv/tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade pyproject.toml
 
 lock: .venv/.tools
-	$(LOCK) --extra guided --extra video --output-file requirements/runtime.txt
+	$(LOCK) --extra guided --extra pdf --extra video --output-file requirements/runtime.txt
 	$(LOCK) --extra dev --constraint requirements/runtime.txt --output-file requirements/dev.txt
 
 sbom: .venv/.tools

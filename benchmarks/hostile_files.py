@@ -31,6 +31,8 @@ KINDS = {
     "checkpoints": ("checkpoints", 1000),
     "pictures": ("media", 5000),
     "videos": ("media", 500),
+    "documents": ("documents", 3000),
+    "tables": ("documents", 2000),
     "chats": ("kept", 300),
     "cache_entries": ("kept", 500),
     "rows": ("kept", 300),

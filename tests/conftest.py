@@ -15,7 +15,7 @@ import importlib.util
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,6 +43,24 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the commands do: a test leaves nothing at a developer's home
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.json"))
+
+
+@pytest.fixture(scope="session")
+def make_pdf() -> Callable[..., bytes]:
+    """Writes a PDF from the bodies of its objects: the catalog, the pages, and from 3 on what these name."""
+
+    def make(*bodies: bytes, trailer: bytes = b"", catalog: bytes = b"", kids: Sequence[int] = (3,)) -> bytes:
+        listed = b" ".join(b"%d 0 R" % kid for kid in kids)
+        pages = b"<</Type/Pages/Count %d/Kids[%s]>>" % (len(kids), listed)
+        written, places = bytearray(b"%PDF-1.7\n"), []
+        for number, body in enumerate([b"<</Type/Catalog/Pages 2 0 R %s>>" % catalog, pages, *bodies], 1):
+            places.append(len(written))
+            written += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+        table = b"".join(b"%010d 00000 n \n" % place for place in places)
+        end = b"trailer\n<</Root 1 0 R/Size %d %s>>\nstartxref\n%d\n%%%%EOF\n" % (len(places) + 1, trailer, len(written))
+        return bytes(written) + b"xref\n0 %d\n0000000000 65535 f \n%s" % (len(places) + 1, table) + end
+
+    return make
 
 
 @pytest.fixture(scope="session")

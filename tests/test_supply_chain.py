@@ -44,7 +44,8 @@ def test_floors_are_above_known_holes(name):
 
 
 @pytest.mark.parametrize(
-    ("lock", "extras"), [("runtime", ["guided", "video"]), ("dev", ["dev", "export", "guided", "sign", "video"])]
+    ("lock", "extras"),
+    [("runtime", ["guided", "pdf", "video"]), ("dev", ["dev", "export", "guided", "heic", "pdf", "sign", "tables", "video"])],
 )
 def test_a_lock_holds_all_that_is_wanted_and_fits_it(lock, extras):
     pinned = locked(lock)

@@ -18,8 +18,8 @@ from hostile.bundles import PICTURE
 from hostile.changed_json import changed
 from hostile.guarded import Case, Draw
 from mcv_runtime import Options, load
+from mcv_runtime.batch.rows import Defaults
 from mcv_runtime.command.batch_cli import answer_batch
-from mcv_runtime.command.batch_input import Defaults
 
 _QUESTION = "What does the text say?"
 
@@ -99,7 +99,7 @@ def rows(scratch: Path) -> Draw:
         with load(threads=1) as engine:
             answer_batch(engine, path, out, Defaults(prompt="", system=None, options=Options(), model="m"), 2)
         ends = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-        if "text" not in ends[0] or "text" not in ends[-1]:
+        if "answer" not in ends[0] or "answer" not in ends[-1]:
             raise AssertionError("the rows beside it were not answered")
         return len(ends)
 

@@ -57,7 +57,7 @@ def pictures(scratch: Path) -> Draw:
 
     def draw(dice: Random) -> Case:
         what, data = dice.choice(seeds)
-        path.write_bytes(_png_that_lies(dice) if dice.random() < 0.03 else _damaged(data, dice))
+        path.write_bytes(_png_that_lies(dice) if dice.random() < 0.03 else damaged(data, dice))
         return Case(what, lambda: slice_picture(path, ImageSpec(), max_pixels=MAX_PIXELS).size)
 
     return draw
@@ -70,7 +70,7 @@ def videos(scratch: Path) -> Draw:
 
     def draw(dice: Random) -> Case:
         what, data = dice.choice(seeds)
-        path.write_bytes(_damaged(data, dice))
+        path.write_bytes(damaged(data, dice))
         spec = VideoSpec(strategy=dice.choice(("frames", "strided", "packed")))
         limits = {"max_num_frames": 16, "stack_frames": dice.choice((None, 3)), "max_pixels": MAX_PIXELS}
         return Case(f"{what}, {spec.strategy}", lambda: sum(len(one.frames) for one in moments(Video(path), spec, **limits)))
@@ -104,7 +104,8 @@ def _recorded(path: Path, codec: str) -> bytes:
     return path.read_bytes()
 
 
-def _damaged(data: bytes, dice: Random) -> bytes:
+def damaged(data: bytes, dice: Random) -> bytes:
+    """A file with a few bytes changed, cut off or behind something else."""
     made = bytearray(data)
     for _ in range(dice.choice((1, 2, 3, 8, 30))):
         place = dice.randrange(min(len(made), dice.choice((32, 128, 512, 10**9))))

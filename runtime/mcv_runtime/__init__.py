@@ -3,6 +3,7 @@
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.conversation.chat import Chat
 from mcv_runtime.decoding.ticket import Ticket
+from mcv_runtime.documents.document import Document, Page
 from mcv_runtime.engine import Engine, load
 from mcv_runtime.errors import (
     BundleCorruptError,
@@ -28,6 +29,7 @@ from mcv_runtime.request.options import Options, PictureOptions
 from mcv_runtime.request.request import Request
 from mcv_runtime.text.grounding import Region, locate
 from mcv_runtime.text.prompts import Prompt
+from mcv_runtime.text.reading import read_as
 
 __all__ = [
     "Answer",
@@ -39,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "Clip",
     "Completion",
+    "Document",
     "Engine",
     "EngineInfo",
     "Event",
@@ -49,6 +52,7 @@ __all__ = [
     "OptionError",
     "Options",
     "OutputError",
+    "Page",
     "Picture",
     "PictureOptions",
     "Piece",
@@ -64,4 +68,5 @@ __all__ = [
     "Video",
     "load",
     "locate",
+    "read_as",
 ]

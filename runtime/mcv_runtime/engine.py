@@ -26,6 +26,7 @@ from mcv_runtime.decoding.arena import DeviceArena, HostArena
 from mcv_runtime.decoding.decoder import Decoder
 from mcv_runtime.decoding.scheduler import Scheduler
 from mcv_runtime.decoding.ticket import Ticket, finish_first
+from mcv_runtime.documents.document import Page
 from mcv_runtime.errors import OptionError
 from mcv_runtime.facts import EngineInfo, MemoryUse
 from mcv_runtime.pictures.images import MAX_PIXELS, ImageSource
@@ -268,9 +269,9 @@ class Engine:
             return Chat(self.bundle, self._answerer, options=chosen, messages=messages, row=row)
 
     def encode_image(
-        self, image: ImageSource, *, options: PictureOptions | None = None, **changes: Unpack[PictureKeywords]
+        self, image: ImageSource | Page, *, options: PictureOptions | None = None, **changes: Unpack[PictureKeywords]
     ) -> Picture:
-        """Encode one picture, for any number of questions."""
+        """Encode one picture, or page of a document, for any number of questions."""
         sliced = self._preparer.slice(image, PictureOptions.of(options, changes))
         (picture,) = self._answerer.encode([sliced])
         return picture

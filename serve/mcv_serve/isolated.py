@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from mcv_runtime import ImageError, McvError
+from mcv_runtime.pictures.formats import heic_reader
 from mcv_runtime.pictures.images import open_picture
 
 _SECONDS = 60.0
@@ -70,6 +71,7 @@ class IsolatedDecoder:
 
 
 def _decode_for_ever(pipe: Connection, max_pixels: int) -> None:
+    heic_reader()  # its library, as long as files can be opened
     _give_up_rights()
     with suppress(EOFError, OSError, KeyboardInterrupt):
         while True:

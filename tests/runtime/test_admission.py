@@ -10,9 +10,9 @@ from PIL import Image
 
 import mcv_runtime.pictures.picture
 from mcv_runtime import ImageError, Options, PromptError, Request, Video, load
+from mcv_runtime.batch.rows import Defaults
 from mcv_runtime.bundle.manifest import DownsampleSpec, ImageSpec, PlaceholderSpec, TextSpec
 from mcv_runtime.command.batch_cli import answer_batch
-from mcv_runtime.command.batch_input import Defaults
 from mcv_runtime.pictures.picture import least_grid, slice_picture
 from mcv_runtime.request.patience import Interrupted
 from mcv_runtime.text.prompts import Message, PromptBuilder
@@ -132,7 +132,7 @@ def test_a_batch_goes_on_behind_a_row_of_megabytes(engine, tmp_path):
     defaults = Defaults(prompt="", system=None, options=Options(), model="m")
     assert answer_batch(engine, tmp_path / "rows.jsonl", tmp_path / "out.jsonl", defaults, 1) == 1
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert ["text" in row for row in written] == [True, False, True]
+    assert ["answer" in row for row in written] == [True, False, True]
     assert "11,000,001 characters" in written[1]["error"]
 
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from mcv_runtime import Answer, OptionError, Options, OutputError, Request, load
+from mcv_runtime.batch.rows import Defaults
 from mcv_runtime.command.batch_cli import answer_batch, check_batch, regions_report
-from mcv_runtime.command.batch_input import Defaults
 from mcv_runtime.request.answer import Timings
 
 DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
@@ -101,11 +101,11 @@ def test_every_row_has_its_answer_or_its_error(engine, folder):
         assert words in errors.pop(number)
     assert not errors
     answered = {row["row"]: row for row in found if "error" not in row}
-    assert (answered[1]["id"], answered[1]["text"]) == ("first", "HELLO")
+    assert (answered[1]["id"], answered[1]["answer"]) == ("first", "HELLO")
     assert answered[1]["image"] == "pictures/b c.PNG"
     assert answered[7]["images"] == ["pictures/a.png", "pictures/d.png"]
     assert (answered[12]["stop_reason"], len(answered[12]["logprobs"])) == ("length", 2)
-    assert answered[13]["text"] == SAID[CAPTION]
+    assert answered[13]["answer"] == SAID[CAPTION]
     assert len(answered[13]["alternatives"]) == 1
     assert (code, notices.count("\n")) == (1, 1)
     assert "4 rows answered, 9 failed" in notices
@@ -119,7 +119,7 @@ def test_regions_where_places_are_asked_for(engine, folder):
     ]
     run(engine, put(folder / "in.jsonl", rows), folder / "out.jsonl")
     assert [row.get("regions") for row in read(folder / "out.jsonl")] == [[], None, None]
-    seen = SimpleNamespace(size=(200, 100))
+    seen = SimpleNamespace(size=(200, 100), page=None)
     answer = Answer(
         text="<ref>it</ref><box>0 0 500 1000</box>", tokens=(), stop_reason="stop", prompt_tokens=(), timings=Timings(),
         pictures=(seen,),
@@ -135,7 +135,7 @@ def test_order_and_answers_do_not_depend_on_the_size_of_a_batch(engine, folder, 
     assert run(engine, put(folder / "in.jsonl", rows), folder / "out.jsonl", size)[0] == 1
     found = read(folder / "out.jsonl")
     assert [row["id"] for row in found] == [row["id"] for row in rows]
-    assert [row.get("text") for row in found] == [SAID.get(row.get("prompt")) for row in rows]
+    assert [row.get("answer") for row in found] == [SAID.get(row.get("prompt")) for row in rows]
 
 
 def test_it_goes_on_where_it_was_stopped(engine, folder):
@@ -145,7 +145,7 @@ def test_it_goes_on_where_it_was_stopped(engine, folder):
         run(engine, source, out, 1)  # two are asked at a time
     assert [row["id"] for row in read(out)] == [0, 1, 2]
     with out.open("a") as file:
-        file.write('{"row": 5, "text": "cut of')
+        file.write('{"row": 5, "answer": "cut of')
     engine.stop_before = None
     code, notices = run(engine, source, out)
     assert (code, notices) == (0, "mcv-run: 6 rows answered, 3 were there\n")
@@ -178,7 +178,7 @@ def test_only_what_was_edited_failed_or_is_new_is_asked_again(engine, folder):
     found = read(out)
     assert [row["id"] for row in found] == [row["id"] for row in rows]
     assert [row["row"] for row in found] == list(range(1, 13))
-    assert [row["text"] for row in found] == [SAID[row["prompt"]] for row in rows]
+    assert [row["answer"] for row in found] == [SAID[row["prompt"]] for row in rows]
     assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "late.png", "out.jsonl", "pictures"]
 
 
@@ -202,7 +202,7 @@ def test_a_folder_of_pictures(engine, folder):
     defaults = Defaults(prompt=TEXT, system=None, options=Options(), model="demo")
     assert run(engine, folder / "pictures", folder / "out.jsonl", defaults=defaults)[0] == 1
     found = read(folder / "out.jsonl")
-    assert [(row["image"], row.get("text")) for row in found] == [
+    assert [(row["image"], row.get("answer")) for row in found] == [
         ("a.png", "HELLO"), ("b c.PNG", "HELLO"), ("broken.jpg", None), ("d.png", "HELLO")
     ]  # fmt: skip
 
@@ -280,7 +280,7 @@ def test_from_the_command_line(folder):
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr.splitlines()[-1] == "mcv-run: 3 rows answered"
-    assert [row["text"] for row in read(out)] == ["a red ", "HELLO", "HELLO"]
+    assert [row["answer"] for row in read(out)] == ["a red ", "HELLO", "HELLO"]
     put(source, [*many(3), "{"])
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 1

@@ -9,19 +9,25 @@ import pytest
 from PIL import Image
 
 from mcv_runtime import OptionError, Options, Video
-from mcv_runtime.command import batch_input
-from mcv_runtime.command.batch_folder import picture_folder
-from mcv_runtime.command.batch_input import Defaults, batch_rows, count_rows
+from mcv_runtime.batch import lines as batch_lines
+from mcv_runtime.batch.rows import FIELDS, Defaults, Paging
+from mcv_runtime.batch.sources import batch_source
 
 DEFAULTS = Defaults(prompt="What?", system="Be brief.", options=Options(max_new_tokens=5), model="demo")
 PNG = (Path(__file__).parents[2] / "models" / "tiny" / "demo.png").read_bytes()
 
 
-def rows(tmp_path, *lines):
+def put(tmp_path, *lines):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    found = list(batch_rows(path, DEFAULTS))
-    assert count_rows(path) == len(found)
+    return path
+
+
+def rows(tmp_path, *lines):
+    path = put(tmp_path, *lines)
+    source = batch_source(path, DEFAULTS)
+    found = list(source.rows())
+    assert source.count() == len(found)
     return found
 
 
@@ -41,43 +47,57 @@ def test_pictures_are_told_by_name_or_content(tmp_path):
     for name, kind in names.items():
         picture.save(tmp_path / name, kind)
     (tmp_path / "damaged.jpg").write_text("said to be a picture: an error of its own")
-    found = picture_folder(tmp_path)
-    assert found.pictures == sorted([*names, "damaged.jpg"])
-    assert found.left_out == ""
-    asked = list(batch_rows(tmp_path, DEFAULTS, found))
-    assert [row.request.images for row in asked] == [[tmp_path / name] for name in found.pictures]
-    assert [row.said for row in asked] == [{"image": name} for name in found.pictures]
-    assert count_rows(tmp_path, found) == len(asked)
+    (tmp_path / "scan.PDF").write_bytes(b"damaged too")
+    (tmp_path / "letter").write_bytes(b"%PDF-1.7")
+    wanted = sorted([*names, "damaged.jpg", "scan.PDF", "letter"])
+    source = batch_source(tmp_path, DEFAULTS)
+    asked = list(source.rows())
+    assert source.left_out == ""
+    assert [row.request.images for row in asked] == [[tmp_path / name] for name in wanted]
+    assert [row.said for row in asked] == [{"image": name} for name in wanted]
+    assert [row.number for row in asked] == list(range(1, source.count() + 1))
 
 
 def test_what_is_no_picture_is_left_out_and_counted(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
     for name in (".DS_Store", "._a.png", ".hidden.jpg"):
         (tmp_path / name).write_bytes(PNG)
-    (tmp_path / "inner").mkdir()
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "elsewhere").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone")
     others = {
-        "clip.mp4": b"\0\0\0\x18ftypisom", "clip.MPG": b"\0\0\1\xba", "doc.pdf": b"%PDF-1.7", "e.eps": b"%!PS-Adobe",
-        "page.svg": b"<svg/>", "photo.heic": b"\0\0\0\x18ftypheic", "photo.psd": b"8BPS\0\1", "Thumbs.db": b"\xd0\xcf\x11\xe0",
+        "clip.mp4": b"\0\0\0\x18ftypisom", "clip.MPG": b"\0\0\1\xba", "e.eps": b"%!PS-Adobe",
+        "page.svg": b"<svg/>", "photo.psd": b"8BPS\0\1", "Thumbs.db": b"\xd0\xcf\x11\xe0",
         "notes.txt": b"P6 is what it begins with", "empty": b"", "bmw.txt": b"BM and so on", "raw.dng": b"II*\0\x08\0\0\0\0\0",
     }  # fmt: skip
     for name, data in others.items():
         (tmp_path / name).write_bytes(data)
-    found = picture_folder(tmp_path)
-    assert found.pictures == ["a.png"]
-    assert (found.hidden, found.folders) == (3, 2)
-    assert found.others == sorted([*others, "pipe.png", "nowhere.png"])
-    assert found.left_out == "3 hidden, 2 folders, 'Thumbs.db', 'bmw.txt', 'clip.MPG', 'clip.mp4', 'doc.pdf', 9 more"
+    found = batch_source(tmp_path, DEFAULTS)
+    for _ in range(2):
+        assert [row.said for row in found.rows()] == [{"image": "a.png"}]
+        named = "'Thumbs.db', 'bmw.txt', 'clip.MPG', 'clip.mp4', 'e.eps'"
+        assert found.left_out == f"3 hidden, 1 links to folders, {named}, {len(others) + 2 - 5} more"
     (tmp_path / "a.png").unlink()
     with pytest.raises(OptionError, match=r"no pictures in .*left out: 3 hidden"):
-        picture_folder(tmp_path)
-    with pytest.raises(OptionError, match="cannot be read"):
-        picture_folder(tmp_path / "gone")
+        list(batch_source(tmp_path, DEFAULTS).rows())
 
 
-@pytest.mark.parametrize("name", sorted(batch_input._OWN | batch_input._OPTIONS))
+def test_folders_in_a_folder_are_gone_through_in_order(tmp_path):
+    for name in ("b/2.png", "b/10.png", "a.png", "c.png", "b/.hidden/x.png", "b/deep/er/y.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(PNG)
+    found = [row.said["image"] for row in batch_source(tmp_path, DEFAULTS).rows()]
+    assert found == ["a.png", "b/10.png", "b/2.png", "b/deep/er/y.png", "c.png"]
+    deep = tmp_path / "b"
+    for _ in range(70):
+        deep /= "d"
+        deep.mkdir()
+    with pytest.raises(OptionError, match="64 folders deep"):
+        list(batch_source(tmp_path, DEFAULTS).rows())
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
 def test_null_is_as_left_out(tmp_path, name):
     said = {"image": "a.png"} if name == "images" else {"images": ["a.png"]}
     without, null = rows(
@@ -93,6 +113,61 @@ def test_nulls_in_lists_and_in_every_field(tmp_path):
     assert row(tmp_path, images=["a.png", None]).request.images == [tmp_path / "a.png"]
     assert row(tmp_path, image=None, images=[None], video=[]).request.images == []
     assert "no field 'imge'" in row(tmp_path, imge=None).error
+
+
+@pytest.fixture
+def report(tmp_path, make_pdf):
+    bodies = [b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 100 50]>>"] * 3
+    (tmp_path / "report.pdf").write_bytes(make_pdf(*bodies, kids=[3, 4, 5]))
+    (tmp_path / "a.png").write_bytes(PNG)
+    return tmp_path
+
+
+def test_pages_of_documents(report):
+    (whole,) = rows(report, {"image": "report.pdf"})
+    assert (whole.request.images, whole.said) == ([report / "report.pdf"], {"image": "report.pdf"})
+    (some,) = rows(report, {"image": "report.pdf", "pages": "2-", "dpi": 72})
+    (document,) = some.request.images
+    assert (document.source, document.pages, document.dpi) == (report / "report.pdf", "2-", 72)
+    each = {"image": "report.pdf", "each_page": True}
+    found = list(
+        batch_source(put(report, {**each, "id": 7}, {**each, "pages": "3,1"}, {**each, "image": "a.png"}), DEFAULTS).rows()
+    )
+    assert [(row.number, row.said.get("page")) for row in found] == [(1, 1), (1, 2), (1, 3), (2, 3), (2, 1), (3, None)]
+    assert [row.request.images[0].number for row in found[:5]] == [1, 2, 3, 3, 1]
+    assert found[0].said == {"id": 7, "image": "report.pdf", "page": 1}
+    assert found[5].request.images == [report / "a.png"]
+    assert len({row.digest for row in (whole, some, *found)}) == 8
+
+
+def test_pages_by_the_command_s_options(report):
+    defaults = Defaults(prompt="What?", system=None, options=Options(), model="demo", paging=Paging("2-", 72, each_page=True))
+    source = put(report, {"image": "report.pdf"}, {"image": "report.pdf", "pages": "1", "each_page": False})
+    first, second, third = batch_source(source, defaults).rows()
+    assert [first.said["page"], second.said["page"]] == [2, 3]
+    assert third.request.images[0].pages == "1"
+    found = [(row.said["image"], row.error) for row in batch_source(report, defaults).rows()]
+    assert found == [
+        ("a.png", f"{report / 'a.png'} has no page 2, it ends with page 1"), ("report.pdf", ""), ("report.pdf", "")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"each_page": True, "pages": "9"}, "no page 9"),
+        ({"pages": "x"}, "pages are numbers"),
+        ({"dpi": 0}, "dpi must be"),
+        ({"each_page": 1}, "true or false"),
+        ({"each_page": True, "video": "a.mp4"}, "one document and nothing else"),
+        ({"each_page": True, "images": ["a.png"]}, "one document and nothing else"),
+        ({"each_page": True, "image": "broken.pdf"}, "cut off or damaged"),
+    ],
+)
+def test_pages_that_make_no_sense_are_the_row_s_error(report, fields, words):
+    (report / "broken.pdf").write_bytes(b"%PDF-1.7")
+    bad, good = rows(report, {"image": "report.pdf", **fields}, {"image": "a.png"})
+    assert (words in bad.error, good.error) == (True, "")
 
 
 def test_where_files_are(tmp_path, monkeypatch):
@@ -130,7 +205,7 @@ def test_rows_from_a_pipe_name_files_of_the_working_folder(tmp_path, monkeypatch
     (tmp_path / "rows").write_bytes(line)
     with (tmp_path / "rows").open("rb") as redirected:  # as by `<`
         for number in (reading, redirected.fileno()):
-            (found,) = batch_rows(Path(f"/dev/fd/{number}"), DEFAULTS)
+            (found,) = batch_source(Path(f"/dev/fd/{number}"), DEFAULTS).rows()
             assert (found.error, found.request.images) == ("", [Path("a.png")])
     os.close(reading)
 
@@ -182,7 +257,7 @@ def test_a_row_that_cannot_be_used_is_one_short_line(tmp_path, line, words):
 
 
 def test_a_row_that_is_too_long_takes_no_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_input, "ROW_BYTES", 1000)
+    monkeypatch.setattr(batch_lines, "ROW_BYTES", 1000)
     found = rows(tmp_path, {"id": 1, "prompt": "x" * 100_000}, {"id": 2}, "y" * 5000, {"id": 3})
     assert [one.number for one in found] == [1, 2, 3, 4]
     assert [bool(one.error) for one in found] == [True, False, True, False]
@@ -192,5 +267,5 @@ def test_a_row_that_is_too_long_takes_no_memory(tmp_path, monkeypatch):
 def test_what_is_no_file_of_rows(tmp_path):
     for path in (Path("/dev/zero"), tmp_path / "gone"):
         with pytest.raises(OptionError):
-            next(batch_rows(path, DEFAULTS))
+            next(batch_source(path, DEFAULTS).rows())
     shutil.rmtree(tmp_path)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mcv_runtime import OutputError
-from mcv_runtime.command.batch_input import BatchRow
-from mcv_runtime.command.batch_output import BatchOutput
+from mcv_runtime.batch.answers import BatchOutput
+from mcv_runtime.batch.rows import BatchRow
 
 pytestmark = [pytest.mark.waits, pytest.mark.skipif(sys.platform == "win32", reason="pipes, locks and signals of POSIX")]
 DEMO = str(Path(__file__).parents[2] / "models" / "tiny" / "demo.png")
@@ -63,7 +63,7 @@ class Fed:
 
 
 def written(number, digest="d", text="x"):
-    return {"row": number, "text": text, "request": digest}
+    return {"row": number, "answer": text, "request": digest}
 
 
 def row(number, digest="d"):

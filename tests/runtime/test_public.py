@@ -8,10 +8,11 @@ import pytest
 import mcv_runtime
 
 PUBLIC = {
-    "Answer", "Bundle", "BundleCorruptError", "BundleError", "Chat", "ChatFileError", "CheckpointError", "Clip", "Completion",
+    "Answer", "Bundle", "BundleCorruptError", "BundleError", "Chat", "ChatFileError", "CheckpointError", "Clip",
+    "Completion", "Document",
     "Engine", "EngineInfo", "Event", "ImageError", "MachineError", "McvError", "MemoryUse", "OptionError", "Options",
-    "OutputError", "Picture", "PictureOptions", "Piece", "Progress", "Prompt", "PromptError", "Region", "Request",
-    "ResourceError", "RunError", "Ticket", "Timings", "Video", "load", "locate",
+    "OutputError", "Page", "Picture", "PictureOptions", "Piece", "Progress", "Prompt", "PromptError", "Region", "Request",
+    "ResourceError", "RunError", "Ticket", "Timings", "Video", "load", "locate", "read_as",
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """/v1/chat/completions: what may be asked, how it is answered, and what is refused."""
 
+import base64
 import json
 
 import pytest
@@ -110,7 +111,16 @@ def test_no_picture(client, url, code):
     assert refused(client, body)["code"] == code
 
 
-def test_pdf_is_named(client):
+def test_a_pdf_is_its_pages(client, make_pdf):
+    """Whatever its label says."""
+    page = b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 100 50]>>"
+
+    def visual(kids):
+        url = f"data:image/jpeg;base64,{base64.b64encode(make_pdf(page, kids=kids)).decode()}"
+        body = about_demo(url=url, max_tokens=1)
+        return asked(client, body)["usage"]["prompt_tokens_details"]["image_tokens"]
+
+    assert visual([3, 3, 3]) == 3 * visual([3]) > 0
     assert "PDF" in refused(client, about_demo(url="data:image/jpeg;base64,JVBERi0xLjcKJeLjz9M="))["message"]
 
 

@@ -66,7 +66,7 @@ def test_lock_holds_what_the_package_needs_with_hashes():
         locked[requirement.name.lower().replace("_", "-")] = next(iter(requirement.specifier)).version
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["serve"], *extras["guided"], *extras["video"]]:
+    for text in [*project["dependencies"], *extras["serve"], *extras["guided"], *extras["video"], *extras["pdf"]]:
         wanted = Requirement(text)
         if wanted.name != project["name"]:
             assert wanted.specifier.contains(locked[wanted.name.lower()]), text

@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from mcv_runtime.command.batch_folder import picture_folder
-from mcv_runtime.command.batch_input import BatchRow, Defaults, batch_rows, count_rows
-from mcv_runtime.command.batch_output import BatchOutput
+from mcv_runtime.batch.answer_table import TIMINGS, AnswerTable
+from mcv_runtime.batch.answers import BatchOutput
+from mcv_runtime.batch.rows import BatchRow, Defaults
+from mcv_runtime.batch.sources import batch_source
 from mcv_runtime.command.progress_bar import ProgressBar, counted
 from mcv_runtime.command.terminal import one_line
 from mcv_runtime.decoding.ticket import Ticket, finish_first
@@ -47,13 +48,11 @@ def answer_batch(
     """Write an answer or an error for every row of `source` to `out`; 0, or 1 if a row failed."""
     notices = sys.stderr if notices is None else notices
     bar = ProgressBar(notices)
-    pictures = picture_folder(source) if source.is_dir() else None
-    run = _Run(engine, bar, count_rows(source, pictures) if notices.isatty() else 0)
-    rows = batch_rows(source, defaults, pictures)
+    found = batch_source(source, defaults)
+    run = _Run(engine, bar, found.count() if notices.isatty() and not defaults.paging.each_page else 0)
+    rows = found.rows()
     first = next(rows, None)  # what is wrong with the source is found before the output is touched
-    if pictures is not None and pictures.left_out:
-        print(f"mcv-run: left out of {source}, as no pictures: {pictures.left_out}", file=notices)
-    with BatchOutput(out) as output:
+    with AnswerTable(out) if out.suffix.lower() == ".parquet" else BatchOutput(out) as output:
         try:
             remaining = itertools.dropwhile(output.has, itertools.chain(() if first is None else (first,), rows))
             left = next(remaining, None)
@@ -69,6 +68,8 @@ def answer_batch(
             raise
         finally:
             bar.close()
+    if found.left_out:
+        print(f"mcv-run: left out of {source}: {found.left_out}", file=notices)
     failed = f', {run.failed:,} failed (see "error" in {out}; the same command tries them again)' if run.failed else ""
     kept = f", {output.kept:,} were there" if output.kept else ""
     print(f"mcv-run: {run.answered:,} rows answered{kept}{failed}", file=notices)
@@ -136,7 +137,13 @@ class _Run:
 
 def _told(answer: Answer) -> dict[str, Any]:
     """What is written of an answer."""
-    told: dict[str, Any] = {"text": answer.text, "stop_reason": answer.stop_reason}
+    told: dict[str, Any] = {
+        "answer": answer.text,
+        "stop_reason": answer.stop_reason,
+        "tokens": len(answer.tokens),
+        "prompt_tokens": len(answer.prompt_tokens),
+        "timings": {name: round(getattr(answer.timings, name), 4) for name in TIMINGS},
+    }
     told |= {name: value for name in ("score", "logprobs") if (value := getattr(answer, name)) is not None}
     if answer.alternatives:
         told["alternatives"] = [completion_report(one) for one in answer.alternatives]

@@ -14,6 +14,7 @@ from types import FrameType
 
 from mcv_runtime.command.progress_bar import ProgressBar, print_answer
 from mcv_runtime.conversation.chat import Chat
+from mcv_runtime.documents.document import Document, is_pdf
 from mcv_runtime.engine import Engine
 from mcv_runtime.errors import ImageError, McvError, OptionError
 from mcv_runtime.files import at_home
@@ -49,13 +50,17 @@ class TerminalChat:
         self._engine, self._options, self._max_pixels = engine, options, max_pixels
         self._chat = engine.chat(system=system, options=options)
         self._points: list[Chat] = []
-        self._waiting: list[Path | Video] = []
+        self._waiting: list[Path | Document | Video] = []
         self._failed = False
 
-    def show(self, pictures: Sequence[Path | Video]) -> None:
-        """Pictures and videos for the next question; raises `ImageError` for those that cannot be opened."""
+    def show(self, pictures: Sequence[Path | Document | Video]) -> None:
+        """Pictures, documents and videos for the next question; raises `ImageError` for those that cannot be opened."""
         for picture in pictures:
-            if isinstance(picture, Path):
+            document = Document(picture) if isinstance(picture, Path) and is_pdf(picture) else picture
+            if isinstance(document, Document):
+                for page in document.open(self._max_pixels):
+                    page.size(self._max_pixels)
+            elif isinstance(picture, Path):
                 open_picture(picture, self._max_pixels)
             elif not Path(str(picture.source)).is_file():
                 raise ImageError(f"{picture.name} cannot be read: no such file")
@@ -102,7 +107,7 @@ class TerminalChat:
     def _video(self, rest: str) -> None:
         self._put([Video(path) for path in _paths(rest, "/video clip.mp4")])
 
-    def _put(self, pictures: Sequence[Path | Video]) -> None:
+    def _put(self, pictures: Sequence[Path | Document | Video]) -> None:
         self.show(pictures)
         names = [Path(picture.name).name for picture in self._waiting]
         _remark(f"{', '.join(names)}: with your next question")

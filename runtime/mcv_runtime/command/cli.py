@@ -10,27 +10,34 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mcv_runtime.batch.rows import Defaults, Paging
 from mcv_runtime.bundle import folder as bundles
 from mcv_runtime.command import cli_options, terminal
 from mcv_runtime.command.batch_cli import BATCH_SIZE, answer_batch, check_batch, completion_report, regions_report
-from mcv_runtime.command.batch_input import Defaults
 from mcv_runtime.command.chat_cli import TerminalChat, chat_lines
+from mcv_runtime.command.pages_cli import PageAnswers
 from mcv_runtime.command.progress_bar import ProgressBar, print_answer
 from mcv_runtime.command.streams import is_closed
+from mcv_runtime.documents.document import DPI, Document
 from mcv_runtime.engine import load
 from mcv_runtime.errors import OptionError
 from mcv_runtime.files import at_home
 from mcv_runtime.pictures.images import MAX_PIXELS
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.answer import Answer
+from mcv_runtime.request.options import Options
+from mcv_runtime.text.reading import LONGEST_PAGE, PAGE_REPEAT_GUARD, read_as
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
+_READING = {"max_new_tokens": LONGEST_PAGE, "repeat_guard": PAGE_REPEAT_GUARD}
+"""With --to, unless said otherwise."""
 _TIMINGS = ("load", "preprocess", "vision", "prefill", "decode", "longest_gap")
 _DEMO = (
     "mcv-run: this is the small demo model; build a real one with `mcv-export build openbmb/MiniCPM-V-2_6 my-bundle`"
@@ -52,6 +59,9 @@ def _print_version(wanted: bool) -> None:
 def run(
     prompt: cli_options.Prompt = "",
     image: cli_options.Images = None,
+    pages: cli_options.Pages = None,
+    each_page: cli_options.EachPage = False,
+    to: cli_options.To = None,
     video: cli_options.Videos = None,
     system: cli_options.System = None,
     as_json: cli_options.AsJson = False,
@@ -59,6 +69,7 @@ def run(
     batch: cli_options.Batch = None,
     out: cli_options.Out = None,
     batch_size: cli_options.BatchSize = None,
+    dpi: cli_options.Dpi = None,
     max_pixels: cli_options.MaxPixels = MAX_PIXELS,
     bundle: cli_options.BundleFolder = None,
     threads: cli_options.Threads = None,
@@ -87,13 +98,25 @@ def run(
         kv=kv,
         provider=provider,
     )
-    seen: list[Path | Video] = [*(image or ()), *(Video(path) for path in video or ())]
+    each_page = each_page or to is not None
+    if to is not None:
+        _refuse((bool(prompt), "--to asks with the published prompt; leave out --prompt"))
+        prompt = read_as("text" if to == "text" else "markdown")
+        options = Options.of(options, {**_READING, **options.given()})
+    named = image or ()
+    documents = [Document(path, pages, DPI if dpi is None else dpi) for path in named]
+    in_pages = each_page or pages is not None or dpi is not None  # else a PDF still is a document, any other a picture
+    seen: list[Path | Document | Video] = [*(documents if in_pages else named), *(Video(path) for path in video or ())]
     several = (options.num_return_sequences or 1) > 1
     _refuse(
         (chat and batch is not None, "--chat and --batch exclude each other"),
         ((chat or batch is not None) and as_json, "--json is for one question; leave it out"),
         (batch is not None and bool(seen), "with --batch, every row names its own pictures; leave out --image and --video"),
         (batch is None and (out is not None or batch_size is not None), "--out and --batch-size need --batch"),
+        (chat and each_page, "a conversation is about all pages; leave out --each-page and --to"),
+        (each_page and bool(video), "a video has no pages; leave out --each-page and --to"),
+        (each_page and batch is None and not image, "--each-page and --to need --image or --batch"),
+        (batch is None and not image and (pages is not None or dpi is not None), "--pages and --dpi need --image or --batch"),
         (chat and several, "a conversation goes on from one answer; leave out --num-return-sequences"),
         (batch is None and is_closed(sys.stdout), "stdout is closed, so that no answer can be given; leave it open"),
         (bool(options.logprobs) and batch is None and not as_json, "--logprobs needs --json or --batch, which show them"),
@@ -105,7 +128,14 @@ def run(
         target = check_batch(batch, out, size)
         engine = load(folder, max_rows=size, **load_options)
         _say(_DEMO if is_demo else "")
-        defaults = Defaults(prompt=prompt, system=system, options=options, model=engine.bundle.identity)
+        defaults = Defaults(
+            prompt=prompt,
+            system=system,
+            options=options,
+            model=engine.bundle.identity,
+            paging=Paging(pages, DPI if dpi is None else dpi, each_page),
+            max_pixels=max_pixels,
+        )
         return answer_batch(engine, batch, target, defaults, size)
     if chat:
         talk = TerminalChat(load(folder, **load_options), system=system, options=options, max_pixels=max_pixels)
@@ -113,6 +143,12 @@ def run(
         _say(_DEMO if is_demo else "")
         return talk.run(itertools.chain([prompt] if prompt else [], chat_lines()))
     engine = load(folder, **load_options)
+    if each_page:
+        code = PageAnswers(engine, documents, "json" if as_json else to or "text", max_pixels=max_pixels).run(
+            prompt, system, options, partial(report, regions=bool(options.grounding))
+        )
+        _say(_DEMO if is_demo else "")
+        return code
     bar = ProgressBar(sys.stderr)
     ticket = engine.stream(seen, prompt, system=system, options=options, progress=bar)
     if as_json:
@@ -131,7 +167,7 @@ def run(
 def _with_request_options() -> Callable[..., int]:
     """The command with a parameter for every option of a request, before those of model and machine."""
     own = list(inspect.signature(run, eval_str=True).parameters.values())[:-1]
-    parameters = [*own[:9], *cli_options.request_parameters(), *own[9:]]
+    parameters = [*own[:12], *cli_options.request_parameters(), *own[12:]]
 
     @functools.wraps(run)
     def command(**values: Any) -> int:
@@ -178,6 +214,7 @@ def report(answer: Answer, *, regions: bool = False) -> dict[str, Any]:
         "images": [
             {
                 "size": picture.size,
+                **({} if picture.page is None else {"page": picture.page.number, "page_size": picture.page.size}),
                 "grid": [picture.grid.columns, picture.grid.rows] if picture.grid.columns else None,
                 "slice_sizes": picture.grid.sizes,
                 "visual_tokens": len(picture.embeds),

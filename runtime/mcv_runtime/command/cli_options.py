@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -18,6 +18,7 @@ from mcv_runtime.request import options
 from mcv_runtime.request.options import Options
 
 _ASKING, _PICTURES, _MODES, MACHINE = "What to ask", "Pictures and videos", "More than one question", "Model and machine"
+PagesAs = Literal["text", "markdown", "json"]
 _EITHER_WAY = "use_image_id"
 """The option that can be switched off as well as on; the others are off unless they are named."""
 _PANELS = {
@@ -35,7 +36,29 @@ def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> A
 
 Prompt: TypeAlias = Annotated[str, _option("-p", "--prompt", help="What to ask.", panel=_ASKING)]
 Images: TypeAlias = Annotated[
-    list[Path] | None, _option("--image", help="A picture to ask about; may be repeated.", panel=_ASKING, metavar="<path>")
+    list[Path] | None,
+    _option(
+        "--image",
+        help="A picture, or a document such as a PDF, to ask about; may be repeated.",
+        panel=_ASKING,
+        metavar="<path>",
+    ),
+]
+Pages: TypeAlias = Annotated[
+    str | None,
+    _option("--pages", help="Of the documents given by --image, such as 1-3,7 or 5-; else all of a PDF.", panel=_ASKING),
+]
+Dpi: TypeAlias = Annotated[float | None, _option("--dpi", help="Pixels an inch of a PDF's pages (200).", panel=_PICTURES)]
+EachPage: TypeAlias = Annotated[
+    bool, _option("--each-page", help="Ask about every page of a document on its own, not about all together.", panel=_ASKING)
+]
+To: TypeAlias = Annotated[
+    PagesAs | None,
+    _option(
+        "--to",
+        help="Read every page out, asked as published: text, markdown, or json (markdown in JSON, a page a line).",
+        panel=_ASKING,
+    ),
 ]
 Videos: TypeAlias = Annotated[
     list[Path] | None,
@@ -53,13 +76,17 @@ Batch: TypeAlias = Annotated[
     Path | None,
     _option(
         "--batch",
-        help="Answer a file of requests, one JSON object a line, or ask --prompt about every picture of a folder.",
+        help="Answer requests: lines of JSON, a Parquet file, a tar archive; or ask --prompt about every picture of a folder.",
         panel=_MODES,
     ),
 ]
 Out: TypeAlias = Annotated[
     Path | None,
-    _option("--out", help="With --batch: where the answers go; what is there already is not asked again.", panel=_MODES),
+    _option(
+        "--out",
+        help="With --batch: where the answers go (.parquet: as a table); what is there already is not asked again.",
+        panel=_MODES,
+    ),
 ]
 BatchSize: TypeAlias = Annotated[
     int | None, _option("--batch-size", help="With --batch: how many requests are decoded together.", panel=_MODES)

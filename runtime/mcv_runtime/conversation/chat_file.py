@@ -23,7 +23,7 @@ from mcv_runtime.decoding.row import Row
 from mcv_runtime.decoding.slots import Slots
 from mcv_runtime.errors import ChatFileError
 from mcv_runtime.files import parse_json
-from mcv_runtime.pictures.picture import Clip, Picture
+from mcv_runtime.pictures.picture import Clip, PagePlace, Picture
 from mcv_runtime.pictures.slicing import SliceGrid
 from mcv_runtime.request.preparation import Part
 from mcv_runtime.text.prompts import Message, slice_tokens
@@ -102,7 +102,23 @@ def _described(part: str | Part, embeds: list[NDArray[np.float32]]) -> Any:
     assert isinstance(part, Picture)
     embeds.append(part.embeds)
     fields = ("name", "size", "fingerprint", "graphs")
-    return {"embeds": len(embeds) - 1, "grid": dataclasses.asdict(part.grid), **{name: getattr(part, name) for name in fields}}
+    said = {"embeds": len(embeds) - 1, "grid": dataclasses.asdict(part.grid), **{name: getattr(part, name) for name in fields}}
+    return said if part.page is None else {**said, "page": dataclasses.asdict(part.page)}
+
+
+_Side = Annotated[int, Between(1, 1 << 32)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Paged:
+    """What is written of a document's page."""
+
+    number: Annotated[int, Between(1, 1 << 32)]
+    size: tuple[_Side, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2:
+            raise ValueError("a page is not described as one")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,11 +126,12 @@ class _Pictured:
     """What is written of a picture."""
 
     name: str
-    size: tuple[Annotated[int, Between(1, 1 << 32)], ...]
+    size: tuple[_Side, ...]
     grid: SliceGrid
     fingerprint: str
     graphs: str
     embeds: int
+    page: _Paged | None = None
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or not all(_DIGEST.fullmatch(digest) for digest in (self.fingerprint, self.graphs)):
@@ -142,4 +159,5 @@ def _restored(part: Any, arrays: Mapping[str, NDArray[Any]], manifest: Manifest)
         embeds=embeds,
         fingerprint=said.fingerprint,
         graphs=said.graphs,
+        page=None if said.page is None else PagePlace(said.page.number, (said.page.size[0], said.page.size[1])),
     )

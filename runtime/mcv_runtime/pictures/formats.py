@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import struct
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Final
 
 from PIL import (
     AvifImagePlugin,
@@ -48,7 +49,7 @@ _READERS: Final[dict[str, type[ImageFile]]] = {
     "TGA": TgaImagePlugin.TgaImageFile,  # has no mark of its own: tried last
 }
 FORMATS = (*_READERS, "ICO")
-_NAMED = {b"%!PS": "EPS", b"%PDF": "PDF", b"8BPS": "PSD", b"<svg": "SVG", b"icns": "ICNS", b"\x1c\x03<\0": "IPTC"}
+_NAMED = {b"%!PS": "EPS", b"8BPS": "PSD", b"<svg": "SVG", b"icns": "ICNS", b"\x1c\x03<\0": "IPTC"}
 """What is refused under its own name, by how it begins."""
 _HEIF_BRANDS = (b"heic", b"heix", b"heif", b"mif1", b"msf1", b"hevc")
 
@@ -68,8 +69,11 @@ class EncodedPicture:
         return _opened(self.kind, self.bare.data, self.name)
 
 
-def read_header(data: bytes, name: str, max_pixels: int) -> EncodedPicture:
-    """Find out what a picture's file is; raises `ImageError` if it is none, of no known format, or larger than allowed."""
+def read_header(data: bytes, name: str, max_pixels: int, page: int | None = None) -> EncodedPicture:
+    """Find out what a picture's file is; raises `ImageError` if it is none, of no known format, or larger than allowed.
+
+    `page`: which one of a TIFF, counted from 0, where its others are read too; None: the first, which is what it stands for.
+    """
     if data[:4] == b"\0\0\1\0" and (icon := _largest_icon(data)):
         return read_header(icon, name, max_pixels)
     if data[8:10] == b"\xff\x4f" or data[:2] == b"\xff\x4f" or data[4:8] == b"jP  ":
@@ -78,7 +82,7 @@ def read_header(data: bytes, name: str, max_pixels: int) -> EncodedPicture:
     for kind in _READERS:
         if not _accepts(kind, begins):
             continue
-        bare = _bare(kind, data, name, max_pixels)
+        bare = _bare(kind, data, name, max_pixels, page)
         if kind == "WEBP" and (size := _webp_size(data)):
             check_size(size, name, max_pixels)  # its decoder takes the memory when it is opened
         try:
@@ -90,16 +94,44 @@ def read_header(data: bytes, name: str, max_pixels: int) -> EncodedPicture:
             turned = orientation(image.info.get("exif") or b"", image.info.get("xmp") or b"")
             bare = Bare(bare.data, turned, "frames" if _is_animated(image) else "")
         return EncodedPicture(image, bare, kind, name)
-    refused = "HEIC" if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS else _NAMED.get(data[:64].lstrip()[:4])
-    if refused:
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return _heic(data, name, max_pixels)
+    if data[:64].lstrip()[:4] == b"%PDF":
+        raise ImageError(f"{name} is a PDF, not a picture; ask about it as a Document")
+    if refused := _NAMED.get(data[:64].lstrip()[:4]):
         raise ImageError(f"{name} is of the format {refused}, which is not supported; save it as PNG or JPEG")
     raise ImageError(f"{name} is not a picture, or of a kind that is not supported, or its header is damaged")
+
+
+def _heic(data: bytes, name: str, max_pixels: int) -> EncodedPicture:
+    """A phone's photo, upright: libheif turns it as its file says."""
+    reader = heic_reader()
+    if reader is None:
+        raise ImageError(f"{name} is of the format HEIC, which needs pillow-heif; `pip install minicpmv-onnx[heic]`")
+    try:
+        image = reader(io.BytesIO(data), name)
+    except (SyntaxError, ValueError, EOFError, RuntimeError):
+        raise ImageError(f"{name} cannot be decoded: the HEIC file is cut off or damaged") from None
+    check_size(image.size, name, max_pixels)
+    return EncodedPicture(image, Bare(data, more="pictures" if image.n_frames > 1 else ""), "HEIC", name)
+
+
+@cache
+def heic_reader() -> Any:
+    """Pillow's plugin for HEIC, an extra, without registering it for the whole process; None where it is not installed."""
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        return None
+    return HeifImageFile
 
 
 def begins_as_picture(begins: bytes) -> bool:
     """Whether the first bytes of a file, at best 32, are those of a format that has a mark of its own."""
     begins = begins.ljust(32, b"\0")
-    return begins[:4] == b"\0\0\1\0" or any(_accepts(kind, begins) for kind in _READERS if Image.OPEN[kind][1])
+    if begins[:4] == b"\0\0\1\0" or any(_accepts(kind, begins) for kind in _READERS if Image.OPEN[kind][1]):
+        return True
+    return begins[4:8] == b"ftyp" and begins[8:12] in _HEIF_BRANDS and heic_reader() is not None
 
 
 def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
@@ -136,14 +168,20 @@ class _HalfRead(io.BytesIO):
         return super().read(-1 if size is None or size < 0 else min(size, 16))
 
 
-def _bare(kind: str, data: bytes, name: str, max_pixels: int) -> Bare:
+def with_all_frames(picture: EncodedPicture, data: bytes) -> EncodedPicture:
+    """A picture whose further frames can be read too: of a PNG, these were taken for metadata."""
+    is_cut = picture.kind == "PNG" and picture.bare.more
+    return replace(picture, image=_opened("PNG", data, picture.name)) if is_cut else picture
+
+
+def _bare(kind: str, data: bytes, name: str, max_pixels: int, page: int | None) -> Bare:
     if kind == "PNG":
         return bare_png(data, name)
     if kind == "JPEG":
         return bare_jpeg(data)
     if kind == "AVIF":
         return Bare(bare_avif(data))
-    return bare_tiff(data, name, max_pixels) if kind == "TIFF" else Bare(data)
+    return bare_tiff(data, name, max_pixels, page) if kind == "TIFF" else Bare(data)
 
 
 def _is_animated(image: ImageFile) -> bool:

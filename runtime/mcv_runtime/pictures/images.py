@@ -58,12 +58,12 @@ def open_picture(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Ima
     read, which is logged. Raises `ImageError`; the limit is checked before anything is decoded.
     """
     name = describe(source)
-    with _one_line(name, max_pixels):
+    with one_line(name, max_pixels):
         if isinstance(source, Image.Image):
             return _decode_given(source, name, max_pixels)
         if isinstance(source, np.ndarray):
             return _decode_given(_from_array(source, name), name, max_pixels)
-        return _decode_file(read_header(_read(source, name, max_pixels), name, max_pixels), name)
+        return decode_file(read_header(read_encoded(source, name, max_pixels), name, max_pixels), name)
 
 
 def picture_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | None:
@@ -72,7 +72,7 @@ def picture_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int
     None for a pipe, which can be read only once.
     """
     name = describe(source)
-    with _one_line(name, max_pixels):
+    with one_line(name, max_pixels):
         if isinstance(source, Image.Image):
             size = source.size
         elif isinstance(source, np.ndarray):
@@ -80,14 +80,15 @@ def picture_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int
         elif _is_pipe(source):
             return None
         else:
-            header = read_header(_read(source, name, max_pixels), name, max_pixels)
+            header = read_header(read_encoded(source, name, max_pixels), name, max_pixels)
             size = header.image.size if header.bare.orientation < 5 else header.image.size[::-1]
         check_size(size, name, max_pixels)
         return size
 
 
 @contextmanager
-def _one_line(name: str, max_pixels: int) -> Iterator[None]:
+def one_line(name: str, max_pixels: int) -> Iterator[None]:
+    """Have whatever goes wrong with a picture be one of our errors."""
     if max_pixels < 1:
         raise OptionError(f"max_pixels must be at least 1, not {max_pixels}")
     try:
@@ -120,7 +121,7 @@ def is_address(path: str) -> bool:
     return bool(_ADDRESS.match(path))
 
 
-def _read(source: ImageSource, name: str, max_pixels: int) -> bytes:
+def read_encoded(source: ImageSource, name: str, max_pixels: int) -> bytes:
     """All of an encoded picture."""
     if isinstance(source, bytes):
         if not source:
@@ -186,7 +187,8 @@ def _decode_given(image: Image.Image, name: str, max_pixels: int) -> Image.Image
     return _finished(to_rgb(image), image, Bare(b"", turned), name)
 
 
-def _decode_file(picture: EncodedPicture, name: str) -> Image.Image:
+def decode_file(picture: EncodedPicture, name: str) -> Image.Image:
+    """The upright RGB picture."""
     with picture.image as image:
         mode = _raw_mode(image)
         load(image)
@@ -195,7 +197,7 @@ def _decode_file(picture: EncodedPicture, name: str) -> Image.Image:
             other = _OTHER_ORDER[mode]
             rgb = joined(rgb, _lower_bytes(picture, other) if other else Image.new("RGB", rgb.size))
         if picture.bare.more:
-            _log.warning("%s has several %s; only the first is read", name, picture.bare.more)
+            _log.warning("%s has several %s; only the first is read (a Document has all)", name, picture.bare.more)
         return _finished(rgb, image, picture.bare, name)
 
 

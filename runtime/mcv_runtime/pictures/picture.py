@@ -40,6 +40,16 @@ MAX_STRETCH = 4
 """Most pixels of a slice of a very long and narrow picture, against a square one's: attention's memory is quadratic."""
 
 
+@dataclass(frozen=True, slots=True)
+class PagePlace:
+    """Which page of a document a picture is."""
+
+    number: int
+    """From 1."""
+    size: Size
+    """(width, height) in what places on it are told in: points of a PDF (a 72th of an inch), else pixels."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SlicedPicture:
     """A picture cut into RGB slices, not yet encoded."""
@@ -52,6 +62,7 @@ class SlicedPicture:
     downsample_mode: str | None = None
     times: tuple[int, ...] = (STILL,)
     """One for each frame of a pack: its patches say when they were."""
+    page: PagePlace | None = None
     fingerprint: str = field(init=False)
     """The same for the same slices, grid, mode and times, whatever the file was."""
 
@@ -73,6 +84,8 @@ class Picture:
     """64 hex digits, the same for pictures that were encoded alike: equal slices, mode, times, graphs, and padding if seen."""
     graphs: str
     """Of the graphs that encoded it: those of another bundle give visual tokens that another decoder reads."""
+    page: PagePlace | None = None
+    """Of a document; None: a picture of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,17 +104,20 @@ def slice_picture(
     max_pixels: int = MAX_PIXELS,
     downsample_mode: str | None = None,
     small_image_upsize: SmallImageUpsize | None = None,
+    name: str | None = None,
+    page: PagePlace | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> SlicedPicture:
     """Open a picture and cut it; only the slices, which have a bounded size, stay in memory.
 
-    `check` is called between these steps, and may raise.
+    `name` and `page` are those of a document's page. `check` is called between these steps, and may raise.
     """
+    name = describe(source) if name is None else name
     picture = open_picture(source, max_pixels)
     check()
     mode = image.downsample_mode if downsample_mode is None else downsample_mode
     grid = picture_grid(picture.size, image, max_slice_nums=max_slice_nums, downsample_mode=mode)
-    _require_compact(describe(source), picture.size, grid, image)
+    _require_compact(name, picture.size, grid, image)
     pieces: list[Image.Image] = []
     for piece in cut(picture, grid):
         pieces.append(piece)
@@ -110,7 +126,7 @@ def slice_picture(
     upsize = image.small_image_upsize if small_image_upsize is None else small_image_upsize
     if upsize != "always":
         grid, slices = keep_small(picture, grid, slices, image, adaptive=upsize == "adaptive")
-    return SlicedPicture(name=describe(source), size=picture.size, grid=grid, slices=tuple(slices), downsample_mode=mode)
+    return SlicedPicture(name=name, size=picture.size, grid=grid, slices=tuple(slices), downsample_mode=mode, page=page)
 
 
 def picture_grid(

@@ -19,8 +19,11 @@ _PIXEL_TAGS = frozenset(
 _RAW = (32803, 34892)
 """Photometric interpretations of cameras' sensors: colour filter array and linear raw (DNG specification)."""
 _REDUCED, _MASK = 1, 4
-_MOST_PAGES = 64
-_MOST_ENTRIES = 4096
+_MOST_LOOKED_AT = 64
+"""Directories among which the picture is looked for that a file stands for."""
+_MOST_PAGES, _MOST_ENTRIES = 10_000, 4096
+_MOST_ENTRIES_IN_ALL = 1 << 18
+"""Of the pages of a document: each has about twenty."""
 _SIZES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 """Types of whole numbers."""
 
@@ -65,7 +68,7 @@ class _Layout:
         for place in range(start, start + width * count, width):
             tag, kind, many = self.unpack(entry_form, place)
             entries[tag] = self.data[place : place + width]
-            if kind in _SIZES and 1 <= many <= _MOST_PAGES:
+            if kind in _SIZES and 1 <= many <= _MOST_LOOKED_AT:
                 form = f"{many}{_SIZES[kind]}"
                 value = place + width - struct.calcsize(offset_form)
                 inline = struct.calcsize(self.order + form) <= struct.calcsize(offset_form)
@@ -85,44 +88,58 @@ class _Layout:
         return b"".join([head, self.data[len(head) :], bytes(padding), count, *kept, bytes(8)])
 
 
-def bare_tiff(data: bytes, name: str, max_pixels: int) -> Bare:
-    """The first picture that is no thumbnail. Raw photographs are refused: only their thumbnail could be read."""
+def bare_tiff(data: bytes, name: str, max_pixels: int, page: int | None = None) -> Bare:
+    """The first picture that is no thumbnail, or a later one. Raw photographs are refused: only their thumbnail could be read.
+
+    `page`: which picture that is no thumbnail, from 0, where the file is read as a document.
+    """
     try:
-        layout = _Layout(data, "<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+"))
-        pages, inner = _directories(layout)
+        layout = _layout(data)
+        pages, inner = _directories(layout, _MOST_LOOKED_AT if page is None else _MOST_PAGES)
     except (struct.error, OverflowError):
         raise ImageError(f"{name} cannot be decoded: the TIFF file is cut off or damaged") from None
-    if data[8:10] == b"CR" or any(page.number(_PHOTOMETRIC) in _RAW for page in (*pages, *inner)):
+    if data[8:10] == b"CR" or any(one.number(_PHOTOMETRIC) in _RAW for one in (*pages, *inner)):
         raise ImageError(f"{name} is a camera's raw photo, which is not supported; save it as JPEG, PNG or TIFF")
-    whole = [page for page in pages if page.is_picture]
+    whole = [one for one in pages if one.is_picture]
     # cameras keep the photo behind its thumbnail; a file of thumbnails alone is read as what it is
-    chosen = next(iter((*whole, *(page for page in inner if page.is_picture))), pages[0])
+    chosen = next(iter((*whole[page or 0 :], *(one for one in inner if one.is_picture))), pages[0])
     if chosen.number(_TILE_WIDTH) * chosen.number(_TILE_HEIGHT) > max(max_pixels, 1 << 20):
         raise ImageError(f"{name} is too large: one of its tiles alone has more than {max_pixels:,} pixels")
     turned = chosen.number(_ORIENTATION)
     if turned not in range(1, 9):
         turned = orientation(b"", chosen.entries.get(_XMP, b""))
-    return Bare(layout.rewritten(chosen), turned, "pages" if len(whole) > 1 else "")
+    return Bare(layout.rewritten(chosen), turned, "pages" if len(whole) > 1 and page is None else "")
 
 
-def _directories(layout: _Layout) -> tuple[list[_Directory], list[_Directory]]:
+def count_pages(data: bytes) -> int:
+    """How many pages a TIFF has that `bare_tiff` has read: its pictures that are no thumbnails, or else one."""
+    return max(sum(page.is_picture for page in _directories(_layout(data), _MOST_PAGES)[0]), 1)
+
+
+def _layout(data: bytes) -> _Layout:
+    return _Layout(data, "<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+"))
+
+
+def _directories(layout: _Layout, most: int) -> tuple[list[_Directory], list[_Directory]]:
     """The pages, and the pictures inside pages (cameras put the photo there)."""
     (first,) = layout.unpack("Q", 8) if layout.big else layout.unpack("I", 4)
     pages = [layout.directory(first)]
-    pages += _following(layout, pages[0].following, {first})
-    offsets = [offset for page in pages for offset in page.numbers.get(_SUB, ())][:_MOST_PAGES]
+    pages += _following(layout, pages[0].following, {first}, most)
+    offsets = [offset for page in pages for offset in page.numbers.get(_SUB, ())][:_MOST_LOOKED_AT]
     return pages, [directory for offset in offsets for directory in _inner(layout, offset)]
 
 
-def _following(layout: _Layout, offset: int, seen: set[int]) -> Iterator[_Directory]:
+def _following(layout: _Layout, offset: int, seen: set[int], most: int) -> Iterator[_Directory]:
     """A damaged directory ends the chain: the first is what counts."""
-    while offset and offset not in seen and len(seen) < _MOST_PAGES:
+    entries = 0
+    while offset and offset not in seen and len(seen) < most and entries < _MOST_ENTRIES_IN_ALL:
         seen.add(offset)
         try:
             page = layout.directory(offset)
         except struct.error:
             return
         yield page
+        entries += len(page.entries)
         offset = page.following
 
 

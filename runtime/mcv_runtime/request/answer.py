@@ -77,14 +77,18 @@ class Answer(Completion):
     """With num_return_sequences: the other completions."""
 
     def regions(self, picture: int | None = None) -> tuple[Region, ...]:
-        """The places that the text names, in pixels of the upright picture; `picture` says which of several, from 0."""
+        """The places that the text names, in pixels of the upright picture, or on a document's page as `PagePlace.size` counts.
+
+        `picture` says which of several, from 0.
+        """
         if picture is None and len(self.pictures) == 1:
             picture = 0
         if picture is None or not 0 <= picture < len(self.pictures):
             raise OptionError(
                 f"the answer is about {len(self.pictures)} pictures; say which one, for example regions(picture=0)"
             )
-        return find_regions(self.text, self.pictures[picture].size)
+        seen = self.pictures[picture]
+        return find_regions(self.text, seen.size if seen.page is None else seen.page.size)
 
     @property
     def tokens_per_s(self) -> float | None:

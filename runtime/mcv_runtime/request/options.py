@@ -52,6 +52,8 @@ class PictureOptions:
     @classmethod
     def of(cls, options: PictureOptions | None, changes: Mapping[str, Any]) -> Self:
         """`options`, or the defaults, with `changes`; raises `OptionError` for names and values that make no sense."""
+        if type(options) is cls and not changes:
+            return options
         check_names(changes, cls)
         given = {} if options is None else options.given()
         check_names(given, cls)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,15 +10,16 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mcv_runtime.bundle.manifest import Manifest
+from mcv_runtime.documents.document import Document, Page, is_pdf
 from mcv_runtime.errors import OptionError, PromptError
 from mcv_runtime.pictures.images import ImageSource, describe, picture_size
-from mcv_runtime.pictures.picture import Clip, Picture, SlicedPicture, least_grid, pack, slice_picture
+from mcv_runtime.pictures.picture import Clip, PagePlace, Picture, SlicedPicture, least_grid, pack, slice_picture
 from mcv_runtime.pictures.slicing import ClipGrid, Size, SliceGrid
 from mcv_runtime.pictures.video import Video, VideoPlan, plan_video
 from mcv_runtime.request.options import Options, PictureOptions
 from mcv_runtime.text.prompts import Message, Prompt, PromptBuilder, slice_tokens
 
-PictureSource: TypeAlias = "ImageSource | Picture | Video | Clip"
+PictureSource: TypeAlias = "ImageSource | Picture | Video | Clip | Document | Page"
 Part: TypeAlias = SlicedPicture | Picture | Clip
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """`{"role": "system", "user" or "assistant", "content": text}`, or as content a list of texts (str) and pictures (not str).
@@ -32,7 +33,7 @@ Where the chat template knows functions, an assistant's message may have `tool_c
 class Uncut:
     """A picture or video of a request of which nothing was decoded yet."""
 
-    source: ImageSource | VideoPlan
+    source: ImageSource | VideoPlan | Page
     grid: SliceGrid | ClipGrid
     """How it will be cut, or a way that makes fewer visual tokens."""
 
@@ -93,14 +94,14 @@ class Preparer:
             admitted.append(Message(message["role"], tuple(ready), tuple(message.get("tool_calls") or ())))
         return admitted
 
-    def cut(
-        self, source: ImageSource | Video, options: PictureOptions, check: Callable[[], None] = lambda: None
-    ) -> SlicedPicture | Clip:
-        """One picture or video."""
-        return self.clip(source, options, check) if isinstance(source, Video) else self.slice(source, options, check)
-
-    def slice(self, source: ImageSource, options: PictureOptions, check: Callable[[], None] = lambda: None) -> SlicedPicture:
-        """One picture, cut into slices."""
+    def slice(
+        self, source: ImageSource | Page, options: PictureOptions, check: Callable[[], None] = lambda: None
+    ) -> SlicedPicture:
+        """One picture, or page of a document, cut into slices."""
+        page, name = None, None
+        if isinstance(source, Page):
+            page, name = PagePlace(source.number, source.page_size(self._max_pixels)), source.name
+            source = source.image(self._max_pixels, check)
         return slice_picture(
             source,
             self._manifest.image,
@@ -108,6 +109,8 @@ class Preparer:
             max_pixels=self._max_pixels,
             downsample_mode=options.downsample_mode,
             small_image_upsize=options.small_image_upsize,
+            name=name,
+            page=page,
             check=check,
         )
 
@@ -143,10 +146,17 @@ class Preparer:
         if not isinstance(message, Mapping) or not message.keys() >= {"role", "content"}:
             raise PromptError("a message is a mapping with `role` and `content`")
         content = message["content"]
-        return content if isinstance(content, list | tuple) else [content]
+        parts = content if isinstance(content, list | tuple) else [content]
+        return [piece for part in parts for piece in self._pages(part)]
+
+    def _pages(self, part: Any) -> Iterable[Any]:
+        """The pages of a document in its place; anything else as it is."""
+        if is_pdf(part):
+            part = Document(part)
+        return part.open(self._max_pixels) if isinstance(part, Document) else (part,)
 
     def _look(
-        self, source: ImageSource | Video, options: PictureOptions, check: Callable[[], None]
+        self, source: ImageSource | Page | Video, options: PictureOptions, check: Callable[[], None]
     ) -> Uncut | SlicedPicture | Clip:
         """A picture or video as large as its header says; cut at once where there is none to look at, as of a pipe."""
         if isinstance(source, Video):
@@ -157,6 +167,8 @@ class Preparer:
             options = self._of_video(options)
             grids = {either: self._fewest(source.name, either, options) for either in set(sizes)}
             return Uncut(plan, ClipGrid(tuple(grids[either] for either in sizes)))
+        if isinstance(source, Page):
+            return Uncut(source, least_grid(source.name, source.size(self._max_pixels), self._manifest.image, options))
         size = picture_size(source, self._max_pixels)
         if size is None:
             return self.slice(source, options, check)

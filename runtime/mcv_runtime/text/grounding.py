@@ -32,7 +32,8 @@ class Region:
 
     shape: Shape
     points: tuple[tuple[int, int], ...]
-    """(x, y) in pixels of the upright picture: upper left and lower right corner of a box, four corners of a quad, or one."""
+    """(x, y) in pixels of the upright picture, or points of a PDF's page: the upper left and lower right corner of a box, the
+    four of a quad, or one."""
     label: str = ""
     """What the answer says is there, if it does."""
 

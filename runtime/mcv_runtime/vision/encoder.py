@@ -97,7 +97,9 @@ class VisionEncoder:
         return tuple(
             p
             if isinstance(p, Picture)
-            else Picture(name=p.name, size=p.size, grid=p.grid, embeds=found[key], fingerprint=key, graphs=self.identity)
+            else Picture(
+                name=p.name, size=p.size, grid=p.grid, embeds=found[key], fingerprint=key, graphs=self.identity, page=p.page
+            )
             for key, p in zip(keys, pictures, strict=True)
         )
 

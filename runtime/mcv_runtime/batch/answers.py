@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from mcv_runtime.command.batch_input import BatchRow
+from mcv_runtime.batch.rows import BatchRow
 from mcv_runtime.errors import OutputError
 from mcv_runtime.locks import try_lock
 
@@ -43,8 +43,11 @@ class BatchOutput:
         try:
             if try_lock(self._file.fileno()) is False:
                 raise OutputError(f"another mcv-run is writing {self.path}; wait for it, or name another file")
+            opened = os.fstat(self._file.fileno())
+            if not place.exists() or not os.path.samestat(opened, place.stat()):  # gone between the opening and the lock
+                raise OutputError(f"another mcv-run has just finished with {self.path}; the same command goes on from there")
             _require_answers(self._file, self.path)
-            if _is_there(self._rest_path):
+            if is_there(self._rest_path):
                 with self._rest_path.open("rb") as rest:
                     _require_answers(rest, self._rest_path)
         except OSError as error:
@@ -56,13 +59,17 @@ class BatchOutput:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(self._rest, _Lines):
-            self._rest.close()
         try:
-            self._file.close()
+            self.close()
         except OSError as failure:  # what could not be written once is tried again here
             if kind is None:
                 raise self._unwritable(failure) from None
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if isinstance(self._rest, _Lines):
+            self._rest.close()
+        self._file.close()
 
     def has(self, row: BatchRow) -> bool:
         """Whether the row's answer is there at its place; rows must be asked about in order, until one is not."""
@@ -93,7 +100,7 @@ class BatchOutput:
     def _put_aside(self, first: bytes) -> None:
         """Have the rows from here on in the second file, before those that it has, and on the disk before they go here."""
         partial = self._rest_path.with_name(f"{self._rest_path.name}.partial")
-        if _is_there(partial):
+        if is_there(partial):
             partial.unlink()  # left by a run that was killed: nobody else writes here
         try:
             with partial.open("xb") as aside:
@@ -102,12 +109,12 @@ class BatchOutput:
                 if self._rest_path.exists():
                     with self._rest_path.open("rb") as older:
                         _copy(older, aside)
-                _sync(aside)
+                sync(aside)
             partial.replace(self._rest_path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        _sync_folder(self._rest_path.parent)
+        sync_folder(self._rest_path.parent)
 
     def earlier(self, row: BatchRow) -> dict[str, Any] | None:
         """The answer to the same request from an earlier run, once."""
@@ -135,7 +142,7 @@ class BatchOutput:
     def finish(self) -> None:
         """All rows are written."""
         try:
-            _sync(self._file)
+            sync(self._file)
             self._rest_path.unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritable(error) from None
@@ -148,12 +155,12 @@ class BatchOutput:
 
 def _opened(path: Path) -> BinaryIO:
     """A file to read and write, made if it is not there, its content left as it is."""
-    _is_there(path)
+    is_there(path)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
     return os.fdopen(fd, "r+b")
 
 
-def _is_there(path: Path) -> bool:
+def is_there(path: Path) -> bool:
     """Whether there is such a file; raises `OutputError` for a pipe, a device, a folder or a link."""
     try:
         mode = path.lstat().st_mode
@@ -198,7 +205,7 @@ def _finished(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    answered = isinstance(row, dict) and "error" not in row and {"row", "request", "text"} <= row.keys()
+    answered = isinstance(row, dict) and "error" not in row and {"row", "request", "answer"} <= row.keys()
     return row if answered else None
 
 
@@ -207,12 +214,14 @@ def _copy(source: BinaryIO, target: BinaryIO) -> None:
         target.write(block)
 
 
-def _sync(file: BinaryIO) -> None:
+def sync(file: BinaryIO) -> None:
+    """Have what was written outlive the system."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder outlive the system."""
     if sys.platform != "win32":
         fd = os.open(folder, os.O_RDONLY)
         try:

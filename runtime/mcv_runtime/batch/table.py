@@ -1,0 +1,103 @@
+"""The rows of a Parquet file, read a few at a time through pyarrow, an extra.
+
+A column `image` holds paths, encoded bytes, or `{bytes, path}` as Hugging Face's datasets write them; the other columns have
+the names of a row's fields. Columns of other names belong to the table, not to a request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mcv_runtime.batch.rows import FIELDS, BatchRow, Defaults, Encoded, files_beside, refused, rows_of
+from mcv_runtime.errors import OptionError, shown
+from mcv_runtime.files import open_regular
+
+_AT_ONCE = 16
+"""Rows in memory, with the pictures that are in them."""
+
+
+class TableSource:
+    """A Parquet file."""
+
+    def __init__(self, path: Path, defaults: Defaults) -> None:
+        self._path, self._defaults = path, defaults
+        self._others: list[str] = []
+
+    @property
+    def left_out(self) -> str:
+        """Columns that are no fields of a request."""
+        return ", ".join(map(shown, self._others))
+
+    def count(self) -> int:
+        with open_regular(self._path, error=OptionError) as file:
+            return int(_opened(file, self._path).metadata.num_rows)
+
+    def rows(self) -> Iterator[BatchRow]:
+        """In order; raises `OptionError` for a file that is no Parquet or damaged."""
+        located = files_beside(self._path.parent)
+        with open_regular(self._path, error=OptionError) as file:
+            table = _opened(file, self._path)
+            names = list(table.schema_arrow.names)
+            self._others = [name for name in names if name not in FIELDS]
+            known = [name for name in names if name in FIELDS]
+            if not known or (not {"image", "images", "video", "prompt"} & {*known}):
+                raise OptionError(f"{self._path} has no column image, images, video or prompt, but {self.left_out or 'none'}")
+            number = 0
+            try:
+                for batch in table.iter_batches(batch_size=_AT_ONCE, columns=known, use_threads=False):
+                    for fields in batch.to_pylist():
+                        number += 1
+                        try:
+                            row = {name: _field(name, value) for name, value in fields.items()}
+                        except OptionError as error:
+                            yield refused(number, str(error))
+                        else:
+                            yield from rows_of(number, row, located, self._defaults)
+            except (_arrow().lib.ArrowException, OSError) as error:
+                raise OptionError(f"{self._path} is damaged behind row {number:,}: {_first_line(error)}") from None
+
+
+def _field(name: str, value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):  # how pandas writes what is missing
+        return None
+    if name in ("image", "images"):
+        return [_picture(one) for one in value] if isinstance(value, list) else _picture(value)
+    return value
+
+
+def _picture(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return Encoded(value)
+    if isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}:
+        data, path = value.get("bytes"), value.get("path")
+        if data is None:
+            return path
+        if isinstance(data, bytes) and isinstance(path, str | None):
+            return Encoded(data, path)
+        raise OptionError("image is a path, bytes, or a struct of bytes and path")
+    return value
+
+
+def _opened(file: Any, path: Path) -> Any:
+    arrow = _arrow()
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+    except (arrow.lib.ArrowException, OSError) as error:
+        raise OptionError(f"{path} is no Parquet file, or damaged: {_first_line(error)}") from None
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise OptionError("Parquet needs pyarrow; install it with `pip install minicpmv-onnx[tables]`") from None
+    return pyarrow
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
