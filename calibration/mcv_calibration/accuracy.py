@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mcv_calibration.contender import Call, Contender
+from mcv_calibration.contender import INT8_CACHE, Call, Contender
 from mcv_calibration.continuation import continuation_feed, greedy_answer
 from mcv_calibration.distances import DistributionError, DistributionErrors, TensorError, TensorErrors
 from mcv_calibration.samples import Sample
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 
 MAX_NEW_TOKENS = 32
-KEPT_CALLS = 6
-"""Calls of each graph of the reference that are kept, to look into the layers with."""
+KEPT_CALLS, KEPT_TOKENS = 6, 256
+"""Calls of each graph of the reference that are kept, to look into layers and blocks with: so many at least, and of the decoder
+as many as give so many next tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,13 @@ class Accuracy:
     decoder: DistributionError
     pictures: DistributionError
     together: DistributionError
+    int8_cache: DistributionError | None
+    """The same, of the graph that keeps keys and values in 8 bits. None: the bundle has none."""
+
+    @property
+    def served(self) -> tuple[DistributionError, ...]:
+        """Of all that a bundle may answer with."""
+        return (self.together,) if self.int8_cache is None else (self.together, self.int8_cache)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +82,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Comparison:
-    """Results in the candidates' order; `calls` are some of the reference's, by graph."""
+    """Results in the candidates' order; `calls` are some of the reference's, by graph, `samples` those that went through."""
 
+    samples: tuple[Sample, ...]
     reference: Result
     candidates: tuple[Result, ...]
     calls: Mapping[GraphName, Sequence[Call]]
@@ -87,21 +96,33 @@ def compare(
     samples: Sequence[Sample],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    enough: int | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Comparison:
     """Put every sample through all of them in turn, so that timings are of the same moments; `advance` gets the samples done.
 
-    Distributions are compared along the reference's greedy answer. Raises `OptionError` for bundles of different models.
+    Distributions are compared along the reference's greedy answer; after `enough` of its tokens the other samples are left out.
+    Raises `OptionError` for bundles of different models.
     """
     for candidate in candidates:
         check_same_model(reference, candidate)
     truth = _Tally(reference)
     tallies = [_Tally(candidate) for candidate in candidates]
     calls: dict[GraphName, list[Call]] = {}
-    for done, sample in enumerate(samples, 1):
-        _score(sample, truth, tallies, calls, max_new_tokens)
-        advance(done)
-    return Comparison(reference=truth.result(), candidates=tuple(tally.result() for tally in tallies), calls=calls)
+    tokens, used = 0, 0
+    for sample in samples:
+        tokens += _score(sample, truth, tallies, calls, max_new_tokens)
+        used += 1
+        sufficient = enough is not None and tokens >= enough
+        advance(len(samples) if sufficient else used)
+        if sufficient:
+            break
+    return Comparison(
+        samples=tuple(samples[:used]),
+        reference=truth.result(),
+        candidates=tuple(tally.result() for tally in tallies),
+        calls=calls,
+    )
 
 
 def check_same_model(reference: Contender, candidate: Contender) -> None:
@@ -115,7 +136,7 @@ def check_same_model(reference: Contender, candidate: Contender) -> None:
 
 
 def _facts(manifest: Manifest) -> list[object]:
-    inputs = [graph.inputs for graph in manifest.graphs.values()]
+    inputs = [graph.inputs for name, graph in manifest.graphs.items() if name != INT8_CACHE]  # one may have it, the other not
     return [manifest.family, manifest.hidden_size, manifest.image, manifest.text, manifest.placeholder, inputs]
 
 
@@ -130,6 +151,7 @@ class _Tally:
     decoder: DistributionErrors = field(default_factory=DistributionErrors)
     pictures: DistributionErrors = field(default_factory=DistributionErrors)
     together: DistributionErrors = field(default_factory=DistributionErrors)
+    int8_cache: DistributionErrors = field(default_factory=DistributionErrors)
     answers: list[GivenAnswer] = field(default_factory=list)
     slice_s: dict[GraphName, list[float]] = field(default_factory=dict)
     prefill_rates: list[float] = field(default_factory=list)
@@ -156,6 +178,7 @@ class _Tally:
             decoder=decoder,
             pictures=pictures,
             together=together,
+            int8_cache=self.int8_cache.result(),
         )
 
     def _speed(self) -> Speed:
@@ -168,7 +191,8 @@ class _Tally:
 
 def _score(
     sample: Sample, truth: _Tally, tallies: Sequence[_Tally], calls: dict[GraphName, list[Call]], max_new_tokens: int
-) -> None:
+) -> int:
+    """Add one sample to all tallies; returns how many next tokens were compared."""
     reference = truth.contender
     pictures, seen = reference.encode(sample.images)
     truth.saw(seen)
@@ -187,7 +211,7 @@ def _score(
     wanted = _decode(truth, inputs)
     for call in [*seen, wanted]:
         kept = calls.setdefault(call.graph, [])
-        if len(kept) < KEPT_CALLS:
+        if len(kept) < KEPT_CALLS or (call is wanted and sum(len(one.output) for one in kept) < KEPT_TOKENS):
             kept.append(call)
     for tally, (own_pictures, _), (own_tokens, own_text) in zip(tallies, encoded, asked, strict=True):
         right = None if sample.answer is None else own_text == sample.answer
@@ -199,6 +223,9 @@ def _score(
         tally.decoder.add(wanted.output, _decode(tally, inputs).output)
         tally.together.add(wanted.output, tally.contender.run("decoder_with_past", with_own).output)
         tally.pictures.add(wanted.output, reference.run("decoder_with_past", with_own).output)
+        if INT8_CACHE in tally.contender.manifest.graphs:
+            tally.int8_cache.add(wanted.output, tally.contender.decode_in_int8(prompt, own_embeds, tokens))
+    return len(tokens)
 
 
 def _score_graphs(tally: _Tally, expected: Sequence[Call], found: Sequence[Call]) -> None:

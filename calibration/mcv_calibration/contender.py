@@ -8,18 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnxruntime as ort
 
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName, Manifest
+from mcv_runtime.decoding.decoder import Decoder
+from mcv_runtime.decoding.row import prompt_keys
 from mcv_runtime.engine import Engine, load
 from mcv_runtime.pictures.images import ImageSource
 from mcv_runtime.pictures.picture import Picture
 from mcv_runtime.sessions.graphs import Session, SessionFactory, cpu_session, session_options
+from mcv_runtime.text.prompts import Prompt
 from mcv_runtime.text.tokens import AnswerText, TextTokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+INT8_CACHE: GraphName = "decoder_with_past_kv8"
+"""The decoder that keeps keys and values in 8 bits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,10 +95,18 @@ class Contender:
     def run(self, graph: GraphName, inputs: Mapping[str, NDArray[Any]]) -> Call:
         """One graph on given inputs."""
         self._calls.clear()
-        if graph not in self._opened:  # an engine may open its graphs when they are first needed
-            self._open(self.engine.bundle.graph(graph), session_options(self._threads))
-        self._opened[graph].run([next(iter(self.manifest.graphs[graph].outputs))], dict(inputs))
+        self._session(graph).run([next(iter(self.manifest.graphs[graph].outputs))], dict(inputs))
         return self._calls.pop()
+
+    def decode_in_int8(self, prompt: Prompt, embeds: NDArray[np.float32], continuation: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [len(continuation), vocab] of what it expects in each token's place, from keys and values in 8 bits."""
+        decoder = Decoder(self._session, self.manifest, INT8_CACHE)
+        slots = decoder.new_slots()
+        row = decoder.new_row(slots, len(prompt.ids) + len(continuation))
+        found = [decoder.read(slots, row, prompt.ids, embeds, prompt.visual_positions, keys=prompt_keys(prompt))]
+        if len(continuation) > 1:
+            found.append(decoder.read(slots, row, continuation[:-1], wanted=range(len(continuation) - 1)))
+        return np.concatenate(found)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that these tokens are, as the engine would give it."""
@@ -102,6 +117,11 @@ class Contender:
             text.push(token)
         text.finish()
         return text.text
+
+    def _session(self, graph: GraphName) -> WatchedSession:
+        if graph not in self._opened:  # an engine may open its graphs when they are first needed
+            self._open(self.engine.bundle.graph(graph), session_options(self._threads))
+        return self._opened[graph]
 
     def _open(self, path: Path, options: ort.SessionOptions) -> Session:
         graph = self._graphs[path]

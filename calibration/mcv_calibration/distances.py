@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mcv_calibration.intervals import Interval, Share, bootstrap
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -34,6 +36,8 @@ class TensorError:
     vectors: int
     relative: float
     """Root mean square of the difference over that of the reference."""
+    interval: Interval | None
+    """Of `relative`; None: there is one sample alone."""
     sqnr_db: float | None
     """The same as signal to noise in decibels; None: no noise at all."""
     cosine_mean: float
@@ -49,29 +53,45 @@ class DistributionError:
 
     tokens: int
     kl_mean: float
+    kl_interval: Interval | None
+    """None: there is one sample alone."""
     kl_p95: float
     kl_max: float
-    agreement: float
-    """Share of tokens where both find the same one likeliest."""
+    agreeing: Share
+    """Tokens where both find the same one likeliest."""
     divergences: Histogram
+
+    @property
+    def agreement(self) -> float:
+        return self.agreeing.value
 
 
 class Energy:
-    """Signal and noise of one tensor over all samples, in the memory of two numbers."""
+    """Signal and noise of one tensor, in the memory of two numbers a sample."""
 
     def __init__(self) -> None:
-        self._signal = self._noise = 0.0
+        self._signals: list[float] = []
+        self._noises: list[float] = []
 
     def add(self, expected: NDArray[Any], found: NDArray[Any]) -> None:
-        self._signal += float(np.square(expected, dtype=np.float64).sum())
-        self._noise += float(np.square(expected - found, dtype=np.float64).sum())
+        """Of one sample."""
+        self._signals.append(float(np.square(expected, dtype=np.float64).sum()))
+        self._noises.append(float(np.square(expected - found, dtype=np.float64).sum()))
 
     @property
     def relative(self) -> float:
-        if not self._signal:
-            return 1.0 if self._noise else 0.0
-        relative = math.sqrt(self._noise / self._signal)
+        signal, noise = sum(self._signals), sum(self._noises)
+        if not signal:
+            return 1.0 if noise else 0.0
+        relative = math.sqrt(noise / signal)
         return relative if relative < _BROKEN else _BROKEN  # also where it is not a number
+
+    @property
+    def interval(self) -> Interval | None:
+        """Of `relative`."""
+        if self.relative == _BROKEN or (squares := bootstrap(self._noises, self._signals)) is None:
+            return None
+        return Interval(math.sqrt(squares.low), math.sqrt(squares.high))
 
     @property
     def sqnr_db(self) -> float | None:
@@ -91,7 +111,7 @@ class TensorErrors:
         self._cosines: list[NDArray[np.float64]] = []
 
     def add(self, expected: NDArray[Any], found: NDArray[Any]) -> None:
-        """Two arrays [..., width] of the same shape."""
+        """Of one sample, or of one call: two arrays [..., width] of the same shape."""
         expected_NW, found_NW = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (expected, found))
         self._energy.add(expected_NW, found_NW)
         self._cosines.append(cosines(expected_NW, found_NW))
@@ -104,6 +124,7 @@ class TensorErrors:
         return TensorError(
             vectors=len(values),
             relative=self._energy.relative,
+            interval=self._energy.interval,
             sqnr_db=self._energy.sqnr_db,
             cosine_mean=float(values.mean()),
             cosine_p1=float(np.quantile(values, 0.01)),
@@ -120,7 +141,7 @@ class DistributionErrors:
         self._agreeing = 0
 
     def add(self, expected: NDArray[Any], found: NDArray[Any]) -> None:
-        """Logits [tokens, vocab] of the reference and of the bundle, after the same text."""
+        """Of one sample: logits [tokens, vocab] of the reference and of the bundle, after the same text."""
         self._divergences.append(divergences(expected, found))
         self._agreeing += int((expected.argmax(-1) == found.argmax(-1)).sum())
 
@@ -132,9 +153,10 @@ class DistributionErrors:
         return DistributionError(
             tokens=len(values),
             kl_mean=float(values.mean()),
+            kl_interval=bootstrap([float(one.sum()) for one in self._divergences], [len(one) for one in self._divergences]),
             kl_p95=float(np.quantile(values, 0.95)),
             kl_max=float(values.max()),
-            agreement=self._agreeing / len(values),
+            agreeing=Share.of(self._agreeing, len(values)),
             divergences=_histogram(values, KL_EDGES),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mcv_calibration.accuracy import Accuracy
+from mcv_calibration.intervals import Interval
 from mcv_calibration.layer_errors import LayerError, worst_layers
 from mcv_calibration.report import BundleReport
 from mcv_runtime.errors import GateError, OptionError
@@ -15,7 +16,8 @@ NAMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """Limits on next-token distributions along the reference's answers; None: no limit."""
+    """Limits on next-token distributions along the reference's answers, with a cache in floats and, if there is a graph for it,
+    in 8 bits; None: no limit."""
 
     max_kl: float | None = None
     """Of the mean KL(reference || bundle), in nats."""
@@ -35,11 +37,14 @@ class Gate:
 
     def miss(self, accuracy: Accuracy) -> str | None:
         """What is wrong with a bundle; None: it passes."""
-        whole = accuracy.together
-        if self.max_kl is not None and not whole.kl_mean <= self.max_kl:
-            return f"its KL divergence {whole.kl_mean:.3g} is above --max-kl {self.max_kl:g}"
-        if self.min_agreement is not None and not whole.agreement >= self.min_agreement:
-            return f"it agrees on {whole.agreement:.1%} of tokens, below --min-agreement {self.min_agreement:g}"
+        for error in accuracy.served:
+            cache = ", keys and values in 8 bits," if error is accuracy.int8_cache else ""
+            if self.max_kl is not None and not error.kl_mean <= self.max_kl:
+                divergence = _sure(error.kl_mean, error.kl_interval, ".3g")
+                return f"its KL divergence{cache} {divergence} is above --max-kl {self.max_kl:g}"
+            if self.min_agreement is not None and not error.agreement >= self.min_agreement:
+                agreement = _sure(error.agreement, error.agreeing.interval, ".1%")
+                return f"it agrees{cache} on {agreement} of {error.tokens} tokens, below --min-agreement {self.min_agreement:g}"
         return None
 
     def check(self, bundle: BundleReport) -> None:
@@ -47,6 +52,10 @@ class Gate:
         accuracy = bundle.accuracy
         if accuracy is not None and (wrong := self.miss(accuracy)) is not None:
             raise GateError(f"{bundle.name} misses its gate: {wrong}; {blame(bundle)}")
+
+
+def _sure(value: float, interval: Interval | None, form: str) -> str:
+    return f"{value:{form}}" if interval is None else f"{value:{form}} ({interval.low:{form}} to {interval.high:{form}})"
 
 
 def blame(bundle: BundleReport) -> str:

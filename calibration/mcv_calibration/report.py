@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mcv_calibration.accuracy import MAX_NEW_TOKENS, Accuracy, Comparison, GivenAnswer, Result, Speed, compare
+from mcv_calibration.accuracy import KEPT_CALLS, MAX_NEW_TOKENS, Accuracy, Comparison, GivenAnswer, Result, Speed, compare
 from mcv_calibration.contender import Call, Contender
+from mcv_calibration.intervals import NAMED, Share
 from mcv_calibration.layer_errors import LayerError, layer_errors
 from mcv_calibration.samples import Sample, SampleSet
-from mcv_calibration.sensitivity import BlockError
+from mcv_calibration.sensitivity import GraphBlocks
 from mcv_calibration.taps import Tapped, TappedGraph
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName
@@ -54,23 +55,18 @@ class BundleReport:
     """As the manifest has it."""
     accuracy: Accuracy | None
     layers: tuple[LayerError, ...]
-    blocks: tuple[BlockError, ...]
-    """What each costs by itself, by graph, the costliest first; empty: not measured."""
+    blocks: tuple[GraphBlocks, ...]
+    """What each block costs by itself; empty: not measured."""
     speed: Speed | None
     speedup: Speed | None
     """How many times faster than the reference, in the same run."""
     answers: tuple[GivenAnswer, ...]
     """In the order of the samples."""
 
-    @property
-    def as_reference(self) -> int:
-        """Answers that are the reference's."""
-        return sum(answer.as_reference for answer in self.answers)
-
-    @property
-    def right(self) -> int:
-        """Answers that are known to be right."""
-        return sum(answer.right is True for answer in self.answers)
+    same: Share
+    """Answers that are the reference's."""
+    right: Share | None
+    """Answers that are known to be right; None: of no sample is it known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,17 +77,16 @@ class Report:
     model: str
     source: str
     """Where the samples come from."""
+    calibrated: int
+    """Samples that are left out, because a bundle was calibrated with their pictures."""
+    intervals: str = NAMED
+    """What the intervals are."""
     skipped: tuple[str, ...]
     """Samples that could not be used, with the reason."""
     samples: tuple[SampleFacts, ...]
     max_new_tokens: int
     reference: BundleReport
     bundles: tuple[BundleReport, ...]
-
-    @property
-    def known(self) -> int:
-        """Samples whose right answer is known."""
-        return sum(sample.answer is not None for sample in self.samples)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -103,13 +98,15 @@ def make_report(
     samples: SampleSet,
     *,
     tapped: Callable[[GraphName], Tapped] | None = None,
-    blocks: Callable[[Bundle, Calls], Iterable[BlockError]] = lambda bundle, calls: (),
+    blocks: Callable[[Bundle, Calls], Iterable[GraphBlocks]] = lambda bundle, calls: (),
     threads: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
-    """Compare bundles with the reference; `tapped` opens a graph of the reference for a look at its layers,
-    and `blocks` measures each block of a bundle by itself, on these calls of the reference.
+    """Compare bundles with the reference, on samples that should have calibrated none of them.
+
+    `tapped` opens a graph of the reference for a look at its layers, and `blocks` measures each block of a bundle by itself, on
+    these calls of the reference.
 
     Raises `OptionError` for bundles of different models, and what the runtime raises for samples it cannot use.
     """
@@ -119,6 +116,7 @@ def make_report(
         candidates,
         samples.samples,
         max_new_tokens=max_new_tokens,
+        enough=samples.enough,
         advance=lambda done: progress("samples", done, total),
     )
     open_tapped = tapped or (lambda graph: TappedGraph(reference.engine.bundle.graph(graph), threads))
@@ -128,7 +126,7 @@ def make_report(
         layers: list[LayerError] = []
         for step, (graph, calls) in enumerate(compared.calls.items(), 1):
             own = TappedGraph(candidate.engine.bundle.graph(graph), threads)
-            layers += layer_errors(graph, open_tapped(graph), own, [call.inputs for call in calls])
+            layers += layer_errors(graph, open_tapped(graph), own, [call.inputs for call in calls[:KEPT_CALLS]])
             progress("layers", number * len(compared.calls) + step, steps)
         bundles.append(
             _bundle(candidate, result, compared, tuple(layers), tuple(blocks(candidate.engine.bundle, compared.calls)))
@@ -136,8 +134,9 @@ def make_report(
     return Report(
         model=candidates[0].manifest.model,
         source=samples.source,
+        calibrated=samples.calibrated,
         skipped=samples.skipped,
-        samples=tuple(_facts(sample) for sample in samples.samples),
+        samples=tuple(_facts(sample) for sample in compared.samples),
         max_new_tokens=max_new_tokens,
         reference=_bundle(reference, compared.reference, compared),
         bundles=tuple(bundles),
@@ -149,7 +148,7 @@ def _bundle(
     result: Result,
     compared: Comparison,
     layers: tuple[LayerError, ...] = (),
-    blocks: tuple[BlockError, ...] = (),
+    blocks: tuple[GraphBlocks, ...] = (),
 ) -> BundleReport:
     files = contender.manifest.files
     sizes = {
@@ -159,6 +158,7 @@ def _bundle(
     graphs = tuple(
         GraphFacts(name=name, precision=graph.precision, size=sizes[name]) for name, graph in contender.manifest.graphs.items()
     )
+    known = [answer.right for answer in result.answers if answer.right is not None]
     return BundleReport(
         name=contender.name,
         graphs=graphs if contender.timed else (),
@@ -170,6 +170,8 @@ def _bundle(
         speed=result.speed,
         speedup=_speedup(result.speed, compared.reference.speed),
         answers=result.answers,
+        same=Share.of(sum(answer.as_reference for answer in result.answers), len(result.answers)),
+        right=Share.of(sum(known), len(known)) if known else None,
     )
 
 

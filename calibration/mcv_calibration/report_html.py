@@ -10,19 +10,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from importlib.resources import files
-from typing import TypeVar
 
 import jinja2
 from PIL import Image
 
 from mcv_calibration.distances import Histogram
 from mcv_calibration.layer_errors import LayerError, worst_layers
+from mcv_calibration.recipe import PRECISIONS
 from mcv_calibration.report import Report
 from mcv_calibration.samples import Sample
-from mcv_calibration.sensitivity import BlockError
 from mcv_runtime.pictures.images import open_picture
 
-_OfGraph = TypeVar("_OfGraph", LayerError, BlockError)
 _SIDE = 240
 """Pixels of a thumbnail's longer side."""
 _SHOWN = 24
@@ -59,6 +57,9 @@ def render(report: Report, samples: Sequence[Sample]) -> str:
         "layer_bars": layer_bars,
         "worst_layers": worst_layers,
         "pieces": pieces,
+        "precisions": PRECISIONS,
+        "percent": _percent,
+        "figure": _figure,
     }
     template = environment.from_string(files("mcv_calibration").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     thumbnails = [[thumbnail(image) for image in sample.images] for sample in samples[:_SHOWN]]
@@ -112,7 +113,7 @@ def _describe(layer: LayerError) -> str:
     return "no error" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f} dB, relative error {layer.relative:.2%}"
 
 
-def _graphs(layers: Sequence[_OfGraph]) -> Iterator[tuple[str, list[_OfGraph]]]:
+def _graphs(layers: Sequence[LayerError]) -> Iterator[tuple[str, list[LayerError]]]:
     for name in dict.fromkeys(layer.graph for layer in layers):
         yield name, [layer for layer in layers if layer.graph == name]
 

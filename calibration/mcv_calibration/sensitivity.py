@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mcv_calibration.distances import DistributionErrors, TensorErrors
+from mcv_calibration.intervals import Interval
 from mcv_graphs.folds import folds
 from mcv_graphs.layers import Embedding, Linear
 from mcv_runtime.bundle.manifest import GraphName
@@ -37,12 +38,13 @@ class Block:
 class BlockError:
     """What one block costs by itself: a decoder's in nats of the next tokens, another's in the graph's result."""
 
-    graph: GraphName
     layers: tuple[str, ...]
     relative: float | None
     sqnr_db: float | None
     cosine_mean: float | None
     kl_mean: float | None
+    interval: Interval | None
+    """Of `kl_mean`, or else of `relative`."""
 
     @property
     def name(self) -> str:
@@ -52,6 +54,19 @@ class BlockError:
     def cost(self) -> float:
         """Comparable among the blocks of one graph."""
         return self.kl_mean if self.kl_mean is not None else self.relative or 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphBlocks:
+    """What the blocks of one graph cost on so many calls of it, and so many next tokens (or patches, or visual tokens)."""
+
+    graph: GraphName
+    calls: int
+    vectors: int
+    together: BlockError | None
+    """All of them at once; None: none is quantized."""
+    blocks: tuple[BlockError, ...]
+    """The costliest first."""
 
 
 def blocks(module: nn.Module) -> list[Block]:
@@ -82,44 +97,50 @@ def sensitivities(
     quantized: nn.Module,
     feeds: Sequence[Feed],
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> list[BlockError]:
-    """Of all blocks that `quantized` has in less than float, the costliest first.
+) -> GraphBlocks:
+    """Of all blocks that `quantized` has in less than float.
 
-    `session` runs `module`, the graph in float, into which the blocks of the other are put one at a time.
+    `session` runs `module`, the graph in float, into which the blocks of the other are put one at a time, and all at the end.
     """
     wanted = [block for block in blocks(quantized) if any(_reduced(quantized.get_submodule(path)) for path in block.members)]
     if not wanted:
-        return []
+        return GraphBlocks(graph=graph, calls=0, vectors=0, together=None, blocks=())
     expected = [session.run(None, dict(feed))[0] for feed in feeds]
+
+    def error(layers: tuple[str, ...], members: Sequence[str]) -> BlockError:
+        with _swapped(module, quantized, members):
+            return _error(graph, layers, expected, [session.run(None, dict(feed))[0] for feed in feeds])
+
     errors = []
     for done, block in enumerate(wanted, 1):
-        with _swapped(module, quantized, block.members):
-            found = [session.run(None, dict(feed))[0] for feed in feeds]
-        errors.append(_error(graph, block, expected, found))
-        advance(done, len(wanted))
-    return sorted(errors, key=lambda error: -error.cost)
-
-
-def _error(graph: GraphName, block: Block, expected: Sequence[NDArray[Any]], found: Sequence[NDArray[Any]]) -> BlockError:
-    if graph == "decoder_with_past":
-        tokens = DistributionErrors()
-        for right, own in zip(expected, found, strict=True):
-            tokens.add(right, own)
-        kl = tokens.result()
-        assert kl is not None
-        return BlockError(graph=graph, layers=block.layers, relative=None, sqnr_db=None, cosine_mean=None, kl_mean=kl.kl_mean)
-    tensors = TensorErrors()
-    for right, own in zip(expected, found, strict=True):
-        tensors.add(right, own)
-    error = tensors.result()
-    assert error is not None
-    return BlockError(
+        errors.append(error(block.layers, block.members))
+        advance(done, len(wanted) + 1)
+    together = error(tuple(block.name for block in wanted), [path for block in wanted for path in block.members])
+    advance(len(wanted) + 1, len(wanted) + 1)
+    return GraphBlocks(
         graph=graph,
-        layers=block.layers,
-        relative=error.relative,
-        sqnr_db=error.sqnr_db,
-        cosine_mean=error.cosine_mean,
-        kl_mean=None,
+        calls=len(feeds),
+        vectors=sum(right.size // right.shape[-1] for right in expected),
+        together=together,
+        blocks=tuple(sorted(errors, key=lambda error: -error.cost)),
+    )
+
+
+def _error(
+    graph: GraphName, layers: tuple[str, ...], expected: Sequence[NDArray[Any]], found: Sequence[NDArray[Any]]
+) -> BlockError:
+    of_tokens = graph == "decoder_with_past"
+    tokens, tensors = DistributionErrors(), TensorErrors()
+    for right, own in zip(expected, found, strict=True):
+        (tokens if of_tokens else tensors).add(right, own)
+    kl, error = tokens.result(), tensors.result()
+    return BlockError(
+        layers=layers,
+        relative=None if error is None else error.relative,
+        sqnr_db=None if error is None else error.sqnr_db,
+        cosine_mean=None if error is None else error.cosine_mean,
+        kl_mean=None if kl is None else kl.kl_mean,
+        interval=error.interval if error is not None else kl.kl_interval if kl is not None else None,
     )
 
 

@@ -25,6 +25,7 @@ from mcv_export.output_folder import check_output, output_folder
 from mcv_export.plan import ModelPlan
 from mcv_export.precision import Wishes, resolved
 from mcv_export.sources import resolve
+from mcv_export.table_screen import screened
 from mcv_export.texts import copy_texts
 from mcv_export.workers import workers
 from mcv_runtime.bundle.folder import Bundle
@@ -122,6 +123,7 @@ def build(
     recipe = resolved(wanted, [graph.name for graph in plan.graphs if not graph.shares])
     for graph in plan.graphs:
         resolve(graph, checkpoint)  # what is wrong with a tensor is said now, not when minutes of calibration are over
+    recipe = screened(plan, checkpoint, recipe)
     with output_folder(out, checkpoint_folder, force=options.force) as folder, workers() as pool:
         copy_texts(checkpoint, folder, plan.chat_template)
         _require_texts(folder, plan)
@@ -160,14 +162,14 @@ def build(
             needs=needs(recipe),
             tools={name: importlib.metadata.version(name) for name in _TOOLS},
         )
-        manifest = _write_manifest(folder, describe, specs, folder_specs(folder, pool))
         samples = calibration.samples
+        manifest = _write_manifest(folder, describe, specs, folder_specs(folder, pool), samples)
         if options.int8_cache:
-            samples = samples or options.samples.samples()
+            samples = samples or options.samples.calibrating()
             measured = calibration.graphs.get("decoder_with_past", NOTHING)
             path = add_int8_cache(folder, plan.graphs[-1], checkpoint, measured, samples.samples, progress)
             specs["decoder_with_past_kv8"] = int8_cache_spec(specs["decoder_with_past"], f"onnx/{path.name}", manifest.cache)
-            manifest = _write_manifest(folder, describe, specs, folder_specs(folder, pool, manifest.files))
+            manifest = _write_manifest(folder, describe, specs, folder_specs(folder, pool, manifest.files), samples)
         if check is not None:
             check(folder)
             manifest = Bundle.open(folder).manifest  # it may list a report now
@@ -182,10 +184,15 @@ def build(
 
 
 def _write_manifest(
-    folder: Path, describe: Callable[..., Manifest], specs: Mapping[GraphName, GraphSpec], files: Mapping[str, FileSpec]
+    folder: Path,
+    describe: Callable[..., Manifest],
+    specs: Mapping[GraphName, GraphSpec],
+    files: Mapping[str, FileSpec],
+    samples: SampleSet | None,
 ) -> Manifest:
     """Write `mcv.json`."""
-    manifest = describe(graphs=specs, files=files)
+    calibration = () if samples is None else tuple(sorted(samples.digests()))
+    manifest = describe(graphs=specs, files=files, calibration=calibration)
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

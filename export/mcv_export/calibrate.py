@@ -21,7 +21,16 @@ from mcv_calibration.measure import measure
 from mcv_calibration.measured import NOTHING, Measured
 from mcv_calibration.moments import mean_squares
 from mcv_calibration.recipe import GraphRecipe, Recipe
-from mcv_calibration.samples import Sample, SampleSet, builtin_samples, folder_samples, with_drawn
+from mcv_calibration.samples import (
+    ENOUGH,
+    Sample,
+    SampleSet,
+    builtin_samples,
+    calibrating_part,
+    folder_samples,
+    measuring_samples,
+    with_drawn,
+)
 from mcv_calibration.store import Store, content_hash, fingerprint, make_room, mark_used
 from mcv_calibration.target import Target
 from mcv_calibration.walk import AnyDecoder, start
@@ -53,7 +62,8 @@ class SampleOptions:
     """Where samples come from: a folder of pictures with a file of questions, or what is drawn here.
 
     `count` of them, by default 32, or 16 of those drawn here. Of these a tower sees the overview alone: they have no finer
-    detail, and a full-size tower takes seconds for a slice.
+    detail, and a full-size tower takes seconds for a slice. What calibrates does not measure: of a user's pictures every
+    fourth is held out, and others are drawn.
     """
 
     folder: Path | None = None
@@ -62,17 +72,28 @@ class SampleOptions:
     store: Path | None = None
     """Where what was measured is kept; by default the user's cache folder."""
 
-    def samples(self) -> SampleSet:
-        """The samples; raises `OptionError` or `ImageError` where there are none."""
+    def calibrating(self) -> SampleSet:
+        """What ranges, channels and blocks are taken from; beside a user's are some drawn here.
+
+        Raises `OptionError` or `ImageError` where there are no samples.
+        """
+        if (own := self._own()) is None:
+            return builtin_samples(16 if self.count is None else self.count)
+        return with_drawn(calibrating_part(own))
+
+    def measuring(self) -> SampleSet:
+        """What a bundle is measured on, but for those that it was calibrated with. Raises as `calibrating`."""
+        own = self._own()
+        if own is None:
+            return measuring_samples(self.count)
+        return replace(own, enough=ENOUGH if self.count is None else None)
+
+    def _own(self) -> SampleSet | None:
         if self.folder is not None:
             return folder_samples(self.folder, self.prompts, 32 if self.count is None else self.count)
         if self.prompts is not None:
             raise OptionError(f"{self.prompts} are questions about pictures; give their folder too, with --calibration")
-        return builtin_samples(16 if self.count is None else self.count)
-
-    def calibrating(self) -> SampleSet:
-        """The samples that ranges are taken from: `samples`, and beside a user's some drawn here."""
-        return self.samples() if self.folder is None else with_drawn(self.samples())
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

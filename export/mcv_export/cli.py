@@ -142,7 +142,9 @@ def report_command(
     cache_dir: CacheDir = None,
     calibration: Calibration = None,
     prompts: Prompts = None,
-    num_samples: Annotated[int, typer.Option(help="Samples at most.")] = 16,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Samples at most. Default: 32, up to 512 tokens of answers.", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", help="Longest answer, in tokens.")] = 32,
     max_kl: MaxKL = None,
     min_agreement: MinAgreement = None,

@@ -69,8 +69,8 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def open_samples(options: SampleOptions) -> SampleSet:
-    """The samples; what could not be used is counted and named on stderr."""
-    samples = options.samples()
+    """What is measured on; what could not be used is counted and named on stderr."""
+    samples = options.measuring()
     if samples.skipped:
         typer.echo(f"mcv-export: {len(samples.skipped)} samples skipped: {'; '.join(samples.skipped)}", err=True)
     return samples

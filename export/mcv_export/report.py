@@ -17,8 +17,8 @@ from mcv_calibration.contender import Contender
 from mcv_calibration.gate import Gate
 from mcv_calibration.report import FORMAT, HTML_NAME, JSON_NAME, Calls, Progress, Report, make_report
 from mcv_calibration.report_html import render
-from mcv_calibration.samples import SampleSet
-from mcv_calibration.sensitivity import BlockError
+from mcv_calibration.samples import SampleSet, unseen
+from mcv_calibration.sensitivity import GraphBlocks
 from mcv_calibration.taps import Tapped, TappedModule
 from mcv_export.adapters import Adapter
 from mcv_export.block_errors import block_errors
@@ -68,7 +68,9 @@ def report_on(
     options: ReportOptions = ReportOptions(),
     progress: Progress = lambda what, done, total: None,
 ) -> Reported:
-    """Measure bundles. The reference is the checkpoint (with adapters) if one is given, else the first bundle in fp32.
+    """Measure bundles on those of the samples that calibrated none of them.
+
+    The reference is the checkpoint (with adapters) if one is given, else the first bundle in fp32.
 
     `names` are what the bundles are called, by default their folders' names. Raises `OptionError` where there is nothing to
     compare, and what the runtime raises for a bundle that cannot be used.
@@ -77,6 +79,7 @@ def report_on(
     bundles = [Bundle.open(folder) for folder in folders]
     if options.blocks and checkpoint is None:
         raise OptionError("blocks are put into the checkpoint's graphs one by one: name it with --model")
+    samples = unseen(samples, {digest for bundle in bundles for digest in bundle.manifest.calibration})
     more: dict[str, Any] = {}
     if checkpoint is not None:
         in_torch = checkpoint_reference(bundles[0], checkpoint, adapters)
@@ -101,7 +104,7 @@ def report_on(
         progress=progress,
         **more,
     )
-    return Reported(report, render(report, samples.samples), tuple(folders[index] for index in compared))
+    return Reported(report, render(report, samples.samples[: len(report.samples)]), tuple(folders[index] for index in compared))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,13 +120,13 @@ class CheckpointReference:
         """A graph whose layers can be looked at."""
         return TappedModule(self.sessions[name].module, self.sessions[name])
 
-    def blocks(self, progress: Progress, bundle: Bundle, calls: Calls) -> Iterator[BlockError]:
+    def blocks(self, progress: Progress, bundle: Bundle, calls: Calls) -> Iterator[GraphBlocks]:
         """What each block of a bundle costs by itself."""
         for graph in self.plan.graphs:
             if graph.name in calls:
                 label = f"blocks of {graph.name}"
                 advance = partial(progress, label)
-                yield from block_errors(bundle, graph, self.sessions[graph.name], calls[graph.name], advance)
+                yield block_errors(bundle, graph, self.sessions[graph.name], calls[graph.name], advance)
 
 
 def checkpoint_reference(bundle: Bundle, folder: Path, adapters: Sequence[Adapter] = ()) -> CheckpointReference:

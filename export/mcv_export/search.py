@@ -14,7 +14,7 @@ from mcv_calibration.gate import Gate
 from mcv_calibration.raising import Ladder, find_recipe
 from mcv_calibration.recipe import Recipe
 from mcv_calibration.report import Progress
-from mcv_calibration.samples import SampleSet
+from mcv_calibration.samples import SampleSet, unseen
 from mcv_export.adapters import open_merged
 from mcv_export.block_errors import block_errors
 from mcv_export.build import BuildOptions, build
@@ -95,13 +95,16 @@ class _Attempts:
         if self._first:
             reference = self._first.reference
         else:
-            reference = checkpoint_reference(Bundle.open(out), self._checkpoint, self._options.adapters)
+            bundle = Bundle.open(out)
+            self._samples = unseen(self._samples, bundle.manifest.calibration)
+            reference = checkpoint_reference(bundle, self._checkpoint, self._options.adapters)
         label, total = f"attempt {self._count}", len(self._samples.samples)
         compared = compare(
             reference.contender,
             [Contender(out, threads=self._measuring.threads)],
             self._samples.samples,
             max_new_tokens=self._measuring.max_new_tokens,
+            enough=self._samples.enough,
             advance=lambda done: self._progress(label, done, total),
         )
         if self._first is None:
@@ -120,16 +123,16 @@ class _Attempts:
         graph = first.used(owner)
         if graph is None:
             return Ladder(())
-        errors = block_errors(
+        found = block_errors(
             first.bundle,
             graph,
             first.reference.sessions[graph.name],
             first.calls[graph.name],
             lambda done, total: self._progress(f"blocks of {owner}", done, total),
         )
-        for error in errors:
+        for error in found.blocks:
             _log.info("%s %s costs %.3g by itself", owner, error.name, error.cost)
-        return Ladder(tuple(error.layers for error in errors))
+        return Ladder(tuple(error.layers for error in found.blocks))
 
     def costs(self, accuracy: Accuracy) -> dict[GraphName, float]:
         """What each graph costs in nats; what the pictures cost is shared out by tower's and compressor's squared errors."""

@@ -43,7 +43,8 @@ def test_fp32_against_itself_is_without_error(compared: Report) -> None:
         assert (error.relative, error.sqnr_db, error.cosine_min) == (0, None, 1)
     for error in (same.accuracy.decoder, same.accuracy.pictures, same.accuracy.together):
         assert (error.kl_max, error.agreement) == (0, 1)
-    assert same.as_reference == len(compared.samples) == 3
+    assert same.same.hits == same.same.total == len(compared.samples) == 3
+    assert same.accuracy.together.agreeing.interval.low < 0.95 < same.accuracy.together.agreeing.interval.high == 1
     assert {layer.relative for layer in same.layers} == {0}
 
 

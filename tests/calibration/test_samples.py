@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from mcv_calibration.drawn import KINDS, SIZES
-from mcv_calibration.samples import QUESTIONS, builtin_samples, folder_samples, with_drawn
+from mcv_calibration.samples import (
+    ENOUGH,
+    QUESTIONS,
+    builtin_samples,
+    calibrating_part,
+    folder_samples,
+    unseen,
+    with_drawn,
+)
 from mcv_runtime.errors import ImageError, OptionError
 from mcv_runtime.pictures.images import open_picture
 
@@ -119,10 +127,10 @@ def test_folders_without_use(folder: Path, tmp_path: Path) -> None:
 
 def test_a_single_grey_picture_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "grey").save(tmp_path / "a.png")
-    with pytest.raises(ImageError, match=r"one flat colour.*add real ones"):
+    with pytest.raises(ImageError, match="from which no ranges can be told; add real ones"):
         folder_samples(tmp_path)
     Image.new("L", (64, 64), 200).save(tmp_path / "b.jpg")
-    with pytest.raises(ImageError, match="one flat colour"):
+    with pytest.raises(ImageError, match="no ranges"):
         folder_samples(tmp_path)
     picture(tmp_path / "real.png")
     assert len(folder_samples(tmp_path).samples) == 3
@@ -169,12 +177,54 @@ def test_photographs_have_the_spectrum_of_photographs() -> None:
         assert -2.2 < slope < -0.6
 
 
+def noise(folder: Path, levels: int, count: int = 3) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, levels, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_nearly_black_noise_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"no picture in .* spans more than 32 of 256 levels"):
+        folder_samples(noise(tmp_path / "black", 7))
+    assert len(folder_samples(noise(tmp_path / "dark", 60)).samples) == 3
+
+
+def test_what_calibrates_does_not_measure(folder: Path) -> None:
+    every = folder_samples(folder)
+    calibrating = calibrating_part(every)
+    measuring = unseen(every, calibrating.digests())
+    assert names(measuring) == ["3.PNG", "7.PNG"]
+    assert set(names(measuring)) | set(names(calibrating)) == set(names(every))
+    assert measuring.calibrated == len(calibrating.samples) == 8
+    assert unseen(every, ()).samples == every.samples
+
+
+def test_a_held_out_picture_is_asked_about_by_nobody_else(folder: Path, tmp_path: Path) -> None:
+    rows = [{"image": f"{number}.{'PNG' if number % 2 else 'jpg'}", "prompt": "What?"} for number in (0, 1, 2, 3, 3, 0)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps(row) for row in rows))
+    every = folder_samples(folder, prompts)
+    calibrating = calibrating_part(every)
+    assert names(calibrating) == ["0.jpg", "1.PNG", "2.jpg", "0.jpg"]
+    assert names(unseen(every, calibrating.digests())) == ["3.PNG", "3.PNG"]
+
+
+def test_others_are_drawn_where_all_calibrated(folder: Path) -> None:
+    few = folder_samples(folder, count=3)
+    calibrating = calibrating_part(few)
+    assert calibrating.samples == few.samples
+    found = unseen(few, calibrating.digests())
+    assert found.source == f"the built-in pictures, as all of {folder} calibrated"
+    assert found.digests().isdisjoint(builtin_samples(64).digests())
+    assert (found.calibrated, found.enough) == (3, ENOUGH)
+
+
 def test_beside_a_users_pictures_some_are_drawn(tmp_path: Path) -> None:
-    """Nearly black ones alone would leave no range for any other."""
-    for number in range(3):
-        noise = np.random.default_rng(number).integers(0, 7, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{number}.png")
-    own = folder_samples(tmp_path)
+    """Dark ones alone would leave no range for any other."""
+    dark = noise(tmp_path / "dark", 60)
+    own = folder_samples(dark)
     joined = with_drawn(own)
     assert joined.samples[:3] == own.samples
     drawn = joined.samples[3:]
@@ -182,5 +232,5 @@ def test_beside_a_users_pictures_some_are_drawn(tmp_path: Path) -> None:
     assert all(sample.overview for sample in drawn) and not any(sample.overview for sample in own.samples)
     brightness = [float(np.asarray(Image.open(io.BytesIO(sample.images[0])).convert("L")).mean()) for sample in drawn]  # type: ignore[arg-type]
     assert min(brightness) < 90 and max(brightness) > 170
-    assert joined.describe() == f"{len(joined.samples)} samples from {tmp_path} and the built-in pictures"
+    assert joined.describe() == f"{len(joined.samples)} samples from {dark} and the built-in pictures"
     assert joined.content_hash() != own.content_hash()

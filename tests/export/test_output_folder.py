@@ -214,6 +214,22 @@ def test_what_a_killed_build_left_is_removed(tmp_path: Path, killed: Callable[..
 
 
 @pytest.mark.waits
+def test_what_a_killed_search_left_is_removed(tmp_path: Path, killed: Callable[..., None]) -> None:
+    """The folder of its attempts, and an attempt that was being built in it, by the next build of the same folder."""
+    killed(
+        "pass",
+        """
+with module.claimed_folder(Path(sys.argv[1]), ".search") as search:
+    with module.output_folder(search / "attempts/1", Path("/nowhere"), force=False) as attempt:
+        die()
+""",
+    )
+    assert [name.rpartition(".")[2] for name in names(tmp_path)] == ["search"]
+    replace(tmp_path / "b", force=False)
+    assert names(tmp_path) == ["b"]
+
+
+@pytest.mark.waits
 def test_a_kill_at_the_swap(tmp_path: Path, killed: Callable[..., None]) -> None:
     """Right before the swap the old bundle is there, right after it the new one."""
     make_bundle(tmp_path / "b")

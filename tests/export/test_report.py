@@ -82,10 +82,14 @@ def test_against_the_checkpoint(q8: Path, pictures: Path, golden_root: Path, bun
     assert by_model["reference"]["speed"] is None
     assert [a["text"] for a in by_model["reference"]["answers"]] == [a["text"] for a in by_bundle["reference"]["answers"]]
     assert [sample["answer"] for sample in by_model["samples"]] == ["a thing", "a thing"]
-    blocks = {(block["graph"], *block["layers"]): block for block in by_model["bundles"][0]["blocks"]}
+    found = by_model["bundles"][0]["blocks"]
+    blocks = {(graph["graph"], *block["layers"]): block for graph in found for block in graph["blocks"]}
     named = {("vision_encoder", "layers.0"), ("resampler", "v_proj", "out_proj"), ("decoder_with_past", "lm_head")}
     assert named <= blocks.keys()
     assert all((block["kl_mean"] or block["relative"]) > 0 for block in blocks.values())
+    (decoder,) = (graph for graph in found if graph["graph"] == "decoder_with_past")
+    assert decoder["vectors"] == 2 * 3
+    assert decoder["together"]["kl_mean"] == pytest.approx(by_model["bundles"][0]["accuracy"]["decoder"]["kl_mean"], rel=0.6)
     ours, theirs = by_model["bundles"][0], by_bundle["bundles"][0]
     for part in ("decoder", "pictures", "together"):
         # six tokens, and activations that are rounded to 8 bits: a last bit of the input moves the divergence by a third

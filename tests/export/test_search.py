@@ -101,7 +101,11 @@ def test_each_block_alone(source: Path, bundle_of: Callable[..., Path]) -> None:
         formats = {path: kind for path, kind in formats.items() if not path.startswith(exempt.rpartition(".")[0] or exempt)}
         session = TorchSession(lambda graph=graph: eager_module(graph, checkpoint), graph.io)
         quantized = eager_module(graph, checkpoint, formats=formats)
-        errors = sensitivities(graph.name, session, session.module, quantized, [call.inputs for call in calls[graph.name][:1]])
+        feeds = [call.inputs for call in calls[graph.name][:1]]
+        found = sensitivities(graph.name, session, session.module, quantized, feeds)
+        errors = found.blocks
+        assert found.together is not None
+        assert found.together.cost > errors[-1].cost
         assert errors[0].layers == coarse.layers
         assert len({error.name for error in errors}) == len(errors)
         assert all(error.cost > 0 for error in errors)

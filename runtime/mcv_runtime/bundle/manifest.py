@@ -281,6 +281,8 @@ class Manifest:
     video: VideoSpec | None = None
     """None: the model, or this toolchain, takes no videos."""
     quantization: Mapping[str, Any] = field(default_factory=dict)
+    calibration: tuple[str, ...] = ()
+    """The beginnings of the sha256 of pictures that it was calibrated with, which therefore say nothing about what it costs."""
     needs: NeedsSpec = field(default_factory=NeedsSpec)
     tools: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, FileSpec] = field(default_factory=dict)
