@@ -98,11 +98,10 @@ def _int8(
     )
 
 
-def row_peaks(node: onnx.NodeProto, makers: Makers) -> str | None:
-    """What each row of a product of 8-bit integers was divided by before, and is multiplied by after it."""
+def rounds_rows(node: onnx.NodeProto, makers: Makers) -> bool:
+    """Whether each row of a product of 8-bit integers has a scale of its own, by which it is multiplied after it."""
     quantize = makers.get(node.input[0]) if node.op_type == "MatMulIntegerToFloat" else None
-    divide = makers.get(quantize.input[0]) if quantize is not None else None
-    return str(divide.input[1]) if divide is not None and divide.op_type == "Div" else None
+    return quantize is not None and any(each.name == "axis" and each.i == 0 for each in quantize.attribute)
 
 
 PRECISIONS: dict[Precision, PrecisionSpec] = {
@@ -111,8 +110,8 @@ PRECISIONS: dict[Precision, PrecisionSpec] = {
         PrecisionSpec(name="fp32", suffix="", higher=None, layer=_float32, operators={"MatMul": 1, "Gemm": 1, "Gather": 0}),
         _blocks(8, "fp32"),
         _blocks(4, "q8"),
-        _int8("static", "_int8", "MatMulIntegerToFloat", lambda node, makers: row_peaks(node, makers) is None),
+        _int8("static", "_int8", "MatMulIntegerToFloat", lambda node, makers: not rounds_rows(node, makers)),
         _int8("dynamic", "_int8_dynamic", "DynamicQuantizeMatMul", lambda node, makers: True),
-        _int8("token", "_int8_token", "MatMulIntegerToFloat", lambda node, makers: row_peaks(node, makers) is not None),
+        _int8("token", "_int8_token", "MatMulIntegerToFloat", rounds_rows),
     )
 }

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from mcv_calibration.precisions import PRECISIONS, row_peaks
+from mcv_calibration.precisions import PRECISIONS, rounds_rows
 from mcv_graphs.layers import Embedding, Linear
 from mcv_runtime.sessions.graphs import Session, session_options
 
@@ -97,8 +97,10 @@ def _end(
 ) -> str:
     """The name of the layer's result: that of the sum with its bias, if a node of its own adds that."""
     output = str(node.output[0])
-    if row_peaks(node, makers):
-        output = str(readers[output][0].output[0])
+    if rounds_rows(node, makers):
+        while node.op_type != "Mul":  # after the shape of the layer's input is back
+            node = readers[node.output[0]][0]
+        output = str(node.output[0])
     following = readers.get(output, ())
     adds_bias = len(following) == 1 and following[0].op_type == "Add" and f"{path}.bias" in following[0].input
     return str(following[0].output[0]) if adds_bias else output

@@ -12,6 +12,7 @@ from torch import Tensor
 from mcv_graphs.ops import emits
 
 _LEVELS = 255
+_MAGNITUDES = 127
 _LEAST_PEAK = 1e-30
 """A row of zeros is divided by it."""
 
@@ -36,15 +37,25 @@ def static_matmul(
     return _scaled(steps, qweight, input_scale * weight_scales, bias)
 
 
-def token_matmul(
-    x: Tensor, qweight: Tensor, weight_scales: Tensor, input_scale: Tensor, input_zero_point: Tensor, bias: Tensor | None
-) -> Tensor:
+def token_matmul(x: Tensor, qweight: Tensor, weight_scales: Tensor, bias: Tensor | None, *, signed: bool = False) -> Tensor:
     """`x @ W + bias`, each row of x rounded to 8 bits of its own largest magnitude: x [..., K] -> [..., N].
 
-    input_scale and input_zero_point as in `static_matmul`, for rows within +-1.
+    `signed`: to int8 rather than uint8. One range, not the two ends: a row's own zero point would have to be taken out again.
     """
-    peaks = x.abs().amax(-1, keepdim=True).clamp_min(_LEAST_PEAK)
-    y = static_matmul(x / peaks, qweight, weight_scales, input_scale, input_zero_point, None) * peaks
+    peaks = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
+    scales = peaks.clamp_min(_LEAST_PEAK) / _MAGNITUDES
+    if emits():
+        # Made of constants, so that ONNX Runtime finds layers that read the same x to round it alike, and does so once.
+        dtype, zero = (torch.int8, 0) if signed else (torch.uint8, 128)
+        rows = x.flatten(0, -2)
+        inputs = (rows, scales.flatten(), torch.full((rows.shape[0],), zero, dtype=dtype))
+        rounded = torch.onnx.ops.symbolic("QuantizeLinear", inputs, {"axis": 0}, dtype=dtype, shape=rows.shape)
+        operands = (rounded, qweight, torch.ones(()), weight_scales, torch.full((), zero, dtype=dtype))
+        name, shape = "com.microsoft::MatMulIntegerToFloat", (rows.shape[0], qweight.shape[1])
+        y = torch.onnx.ops.symbolic(name, operands, dtype=torch.float32, shape=shape, version=1)
+        y = y.view(*x.shape[:-1], qweight.shape[1]) * scales
+    else:
+        y = _scaled((x / scales).round_(), qweight, weight_scales, None) * scales
     return y if bias is None else y + bias
 
 

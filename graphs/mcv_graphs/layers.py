@@ -114,7 +114,9 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def skip(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.skip_layer_norm(x, skip, self.weight, self.bias, self.eps)
+        # Not SkipLayerNormalization: a sum and LayerNormalization took 0.67 ms where it took 3.10 (1,024 x 1,152, two threads).
+        total = x + skip
+        return self(total), total
 
 
 class RMSNorm(nn.Module):

@@ -44,16 +44,6 @@ def emit(op: str, inputs: Sequence[Tensor | None], shapes: Sequence[Sequence[Any
     )
 
 
-def skip_layer_norm(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`s = x + skip`; returns `(layer_norm(s), s)`, both of x's shape [..., width]."""
-    if emits():
-        inputs = (x, skip, weight, bias)
-        normed, _, _, total = emit("com.microsoft::SkipLayerNormalization", inputs, [x.shape, (1,), (1,), x.shape], epsilon=eps)
-        return normed, total
-    total = x + skip
-    return F.layer_norm(total, weight.shape, weight, bias, eps), total
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis."""
     if emits():

@@ -34,7 +34,7 @@ from mcv_runtime.pictures.picture import Clip, Picture
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.answer import Answer
 from mcv_runtime.request.option_types import check_type
-from mcv_runtime.request.options import Keywords, Options, PictureKeywords, PictureOptions
+from mcv_runtime.request.options import PREFILL_CHUNK, Keywords, Options, PictureKeywords, PictureOptions
 from mcv_runtime.request.preparation import Messages, PictureSource, Preparer
 from mcv_runtime.request.request import Request
 from mcv_runtime.sessions.alternating import AlternatingSessions
@@ -42,6 +42,7 @@ from mcv_runtime.sessions.graphs import GraphSessions, SessionFactory
 from mcv_runtime.sessions.graphs import session_options as default_session_options
 from mcv_runtime.sessions.machine import check_machine
 from mcv_runtime.sessions.memory import machine_memory
+from mcv_runtime.sessions.profile import Profile, find_profile
 from mcv_runtime.sessions.providers import CPU, device_of, provider_session
 from mcv_runtime.text.prompts import Prompt, PromptBuilder
 from mcv_runtime.text.template import ChatTemplate
@@ -73,8 +74,9 @@ def load(
     cache_dir: str | Path | None = None,
     cache_dir_mb: float = CACHE_DIR_MB,
     low_memory: bool = False,
-    kv: Literal["float", "int8"] = "float",
+    kv: Literal["float", "int8"] | None = None,
     provider: str = CPU,
+    tuned: bool = True,
     session_options: ort.SessionOptions | None = None,
     session_factory: SessionFactory | None = None,
 ) -> Engine:
@@ -87,7 +89,9 @@ def load(
     Equal slices are encoded `batch_slices` at a time (`auto`: one by one unless batches turn out faster). With a `cache_dir`,
     encoded pictures are kept there too, up to `cache_dir_mb`, for other processes. `low_memory` has either the vision graphs
     or the decoder open, never both; `kv` `int8` keeps keys and values in a quarter of the memory, if the bundle has a graph for
-    it. `provider` is what of ONNX Runtime computes (`cpu`, `cuda`, `openvino`, ...); `session_options` and `session_factory`
+    it. What of `threads`, `batch_slices` and `kv` is left out, and in which pieces a prompt is read, is as `mcv-run tune` found
+    it fastest here, unless `tuned` is false or the next three say something. `provider` is what of ONNX Runtime computes
+    (`cpu`, `cuda`, `openvino`, ...); `session_options` and `session_factory`
     replace how its sessions are made. Raises `BundleError`, `BundleCorruptError`, `MachineError` or
     `OptionError`.
     """
@@ -103,8 +107,9 @@ def load(
         ("cache_dir", cache_dir, str | os.PathLike | None),
         ("cache_dir_mb", cache_dir_mb, float),
         ("low_memory", low_memory, bool),
-        ("kv", kv, Literal["float", "int8"]),
+        ("kv", kv, Literal["float", "int8"] | None),
         ("provider", provider, str),
+        ("tuned", tuned, bool),
         ("session_factory", session_factory, Callable[..., Any] | None),
     ):
         check_type(name, value, kind)
@@ -112,6 +117,15 @@ def load(
     manifest = opened.manifest
     if session_options is not None and threads is not None:
         raise OptionError("threads and session_options exclude each other; set intra_op_num_threads of the options")
+    if low_memory and batch_slices == "auto":
+        batch_slices = 1  # a trial of batches would take memory
+    own_sessions = session_options is not None or session_factory is not None or provider != CPU
+    profile = find_profile(opened) if tuned and not own_sessions else None
+    if profile is not None:
+        threads = profile.threads if threads is None else threads
+        batch_slices = profile.batch_slices if batch_slices == "auto" else batch_slices
+        kv = profile.kv if kv is None else kv
+    kv = "float" if kv is None else kv
     chosen = default_session_options(threads) if session_options is None else session_options
     if not hasattr(chosen, "intra_op_num_threads"):
         raise OptionError(f"session_options must be an onnxruntime.SessionOptions, not {type(session_options).__name__}")
@@ -120,8 +134,6 @@ def load(
     factory = provider_session(provider) if session_factory is None else session_factory
     memory = _memory(memory_mb)
     check_machine(manifest.needs)
-    if low_memory and batch_slices == "auto":
-        batch_slices = 1  # a trial of batches would take memory
     decoder_graph = _decoder_graph(manifest, kv)
     sessions = (AlternatingSessions if low_memory else GraphSessions)(opened, chosen, factory)
     if not low_memory:  # now, so that a graph that cannot be used is found at once
@@ -154,6 +166,8 @@ def load(
         memory=memory,
         provider=provider,
         threads=chosen.intra_op_num_threads,
+        kv=kv,
+        profile=profile,
         load_s=time.perf_counter() - start,
     )
 
@@ -176,6 +190,8 @@ class Engine:
         memory: int = _LEAST_MEMORY,
         provider: str = CPU,
         threads: int = 0,
+        kv: Literal["float", "int8"] = "float",
+        profile: Profile | None = None,
         load_s: float = 0.0,
     ) -> None:
         self.bundle = bundle
@@ -187,6 +203,9 @@ class Engine:
         self._sessions, self._vision, self._scheduler = sessions, vision, scheduler
         self._preparer = Preparer(manifest, prompts, max_pixels)
         self._memory, self._provider, self._threads = memory, provider, threads
+        self._kv: Literal["float", "int8"] = kv
+        self._tuned = profile is not None
+        self._prefill_chunk = PREFILL_CHUNK if profile is None else profile.prefill_chunk
         self._tokenizer, self._template = tokenizer, template
         self._answerer = Answerer(
             manifest,
@@ -195,6 +214,7 @@ class Engine:
             Grammars(tokenizer_json, manifest.generation.stop_token_ids),
             scheduler,
             graphs=vision.identity,
+            chunk=self._prefill_chunk,
             load_s=load_s,
         )
 
@@ -303,6 +323,9 @@ class Engine:
             precisions={name: graph.precision for name, graph in manifest.graphs.items()},
             provider=self._provider,
             threads=self._threads,
+            kv=self._kv,
+            prefill_chunk=self._prefill_chunk,
+            tuned=self._tuned,
         )
 
     def tokenize(self, text: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,12 @@ class EngineInfo:
     provider: str
     threads: int
     """0: ONNX Runtime decides."""
+    kv: Literal["float", "int8"]
+    """What keys and values are kept in."""
+    prefill_chunk: int
+    """Most tokens of a prompt that are read at once, unless a request says otherwise."""
+    tuned: bool
+    """Whether `mcv-run tune` has measured this bundle on this machine, and what the caller left open is as it found."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,16 +14,13 @@ BIAS = RNG.normal(size=OUT).astype(np.float32)
 
 
 def layer(kind: Int8Format) -> Linear:
-    """The weight rounded to a scale for each output channel; a static range of +-1 is what rows by themselves are put into."""
+    """The weight rounded to a scale for each output channel."""
     linear = Linear(WIDTH, OUT)
     linear.set_format(kind)
     scales = np.abs(WEIGHT).max(0) / kind.largest
     linear.qweight = torch.from_numpy(np.rint(WEIGHT / scales).astype(np.int8))
     linear.weight_scales = torch.from_numpy(scales)
     linear.bias = torch.nn.Parameter(torch.from_numpy(BIAS), requires_grad=False)
-    if kind.activations == "token":
-        linear.input_scale = torch.tensor(1 / 127)
-        linear.input_zero_point = torch.tensor(0, dtype=torch.int8) if kind.signed else torch.tensor(128, dtype=torch.uint8)
     return linear
 
 

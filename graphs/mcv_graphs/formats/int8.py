@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from mcv_graphs.layers import Embedding, Linear
 
 Activations = Literal["static", "dynamic", "token"]
-_PEAK = 1 / 127
-"""The step of an input that was divided by its row's largest magnitude."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +55,7 @@ class Int8Format:
     def register(self, layer: Linear) -> None:
         layer.register_buffer("qweight", torch.empty(layer.in_features, layer.out_features, dtype=torch.int8))
         layer.register_buffer("weight_scales", torch.empty(layer.out_features))
-        if self.activations != "dynamic":
+        if self.static:
             layer.register_buffer("input_scale", torch.empty(()))
             layer.register_buffer("input_zero_point", torch.empty((), dtype=torch.int8 if self.signed else torch.uint8))
 
@@ -68,8 +66,9 @@ class Int8Format:
         held = layer.qweight, layer.weight_scales
         if self.activations == "dynamic":
             return int8_ops.dynamic_matmul(x, *held, layer.bias)
-        matmul = int8_ops.token_matmul if self.activations == "token" else int8_ops.static_matmul
-        return matmul(x, *held, layer.input_scale, layer.input_zero_point, layer.bias)
+        if self.activations == "token":
+            return int8_ops.token_matmul(x, *held, layer.bias, signed=self.signed)
+        return int8_ops.static_matmul(x, *held, layer.input_scale, layer.input_zero_point, layer.bias)
 
     def lookup(self, table: Embedding, indices: Tensor) -> Tensor:
         raise NotImplementedError
@@ -84,9 +83,9 @@ class Int8Format:
         return {"qweight": rows_NK.astype(np.int8), "weight_scales": scales}
 
     def constants(self, inputs: InputRange | None) -> Tensors:
-        if self.activations == "dynamic":
+        if inputs is None:
             return {}
-        scale, zero = (np.float32(_PEAK), 0 if self.signed else 128) if inputs is None else inputs.steps(signed=self.signed)
+        scale, zero = inputs.steps(signed=self.signed)
         return {"input_scale": np.array(scale), "input_zero_point": np.array(zero, np.int8 if self.signed else np.uint8)}
 
     def dequantize(self, layer: Linear | Embedding, count: int) -> Tensor:

@@ -6,7 +6,6 @@ import functools
 import inspect
 import itertools
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import typer
 
 from mcv_runtime.batch.rows import Defaults, Paging
 from mcv_runtime.bundle import folder as bundles
-from mcv_runtime.command import cli_options, terminal
+from mcv_runtime.command import cli_options, terminal, tune_cli
 from mcv_runtime.command.batch_cli import BATCH_SIZE, answer_batch, check_batch, completion_report, regions_report
 from mcv_runtime.command.chat_cli import TerminalChat, chat_lines
 from mcv_runtime.command.pages_cli import PageAnswers
@@ -27,7 +26,6 @@ from mcv_runtime.command.streams import is_closed
 from mcv_runtime.documents.document import DPI, Document
 from mcv_runtime.engine import load
 from mcv_runtime.errors import OptionError
-from mcv_runtime.files import at_home
 from mcv_runtime.pictures.images import MAX_PIXELS
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.answer import Answer
@@ -121,7 +119,7 @@ def run(
         (batch is None and is_closed(sys.stdout), "stdout is closed, so that no answer can be given; leave it open"),
         (bool(options.logprobs) and batch is None and not as_json, "--logprobs needs --json or --batch, which show them"),
     )
-    folder = _bundle(bundle)
+    folder = cli_options.chosen_bundle(bundle)
     is_demo = folder == bundles.DEFAULT
     if batch is not None:
         size = BATCH_SIZE if batch_size is None else batch_size
@@ -180,7 +178,9 @@ def _with_request_options() -> Callable[..., int]:
     return command
 
 
-app.command(cls=cli_options.GroupedCommand)(_with_request_options())
+app.command(cls=cli_options.GroupedCommand, epilog="mcv-run tune BUNDLE: find the fastest settings for this machine.")(
+    _with_request_options()
+)
 
 
 def _refuse(*clashes: tuple[bool, str]) -> None:
@@ -197,11 +197,6 @@ def _say(line: str) -> None:
 def _given(**values: Any) -> dict[str, Any]:
     """What was said on the command line."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _bundle(named: Path | None) -> Path:
-    chosen = named or os.environ.get("MCV_BUNDLE")
-    return at_home(chosen) if chosen else bundles.DEFAULT
 
 
 def report(answer: Answer, *, regions: bool = False) -> dict[str, Any]:
@@ -247,7 +242,7 @@ def _peak_rss_mb() -> float | None:
 def main() -> None:
     """Entry point of `mcv-run`."""
     warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata and large pictures: the user has our own line
-    terminal.run(app, "mcv-run")
+    terminal.run(tune_cli.app if sys.argv[1:2] == ["tune"] else app, "mcv-run")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -13,7 +14,9 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get
 import typer
 from typer.core import TyperCommand
 
+from mcv_runtime.bundle import folder as bundles
 from mcv_runtime.errors import OptionError
+from mcv_runtime.files import at_home
 from mcv_runtime.request import options
 from mcv_runtime.request.options import Options
 
@@ -120,6 +123,12 @@ Provider: TypeAlias = Annotated[
     str | None,
     _option("--provider", help="What of ONNX Runtime computes: cpu, cuda, openvino, ...", panel=MACHINE),
 ]
+
+
+def chosen_bundle(named: Path | None) -> Path:
+    """The bundle that was named on the command line, or that of `$MCV_BUNDLE`, or the demo."""
+    chosen = named or os.environ.get("MCV_BUNDLE")
+    return at_home(chosen) if chosen else bundles.DEFAULT
 
 
 def request_parameters() -> Iterator[inspect.Parameter]:

@@ -54,12 +54,13 @@ class Answerer:
         scheduler: Scheduler,
         *,
         graphs: str,
+        chunk: int,
         load_s: float,
     ) -> None:
-        """`graphs`: what tells the vision graphs from others, as `Picture.graphs`."""
+        """`graphs`: what tells the vision graphs from others, as `Picture.graphs`; `chunk`: most tokens to read at once."""
         self.scheduler = scheduler
         self._manifest, self._preparer, self._tokenizer, self._grammars = manifest, preparer, tokenizer, grammars
-        self._graphs, self._load_s = graphs, load_s
+        self._graphs, self._chunk, self._load_s = graphs, chunk, load_s
 
     def submit(
         self,
@@ -97,7 +98,7 @@ class Answerer:
             tokens=len(prompt.ids) + limit,
             lookup=lookup,
             stops=stops,
-            chunk=settings.prefill_chunk,
+            chunk=settings.prefill_chunk or self._chunk,
             own=own,
             owner=owner,
             progress=options.progress,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_BESIDE_S, _ALONE_S = 0.4, 4.0
+_BESIDE_S, ALONE_S = 0.4, 4.0
 """How long a piece may take: while others wait for their next token, and while nobody does."""
 _TELLING = 64
 """Tokens of a piece that shows how fast this machine reads."""
@@ -20,7 +20,7 @@ class PromptPace:
         """Tokens to read now, up to `most`; `beside`: others wait for their next token."""
         if self.token_s is None:
             return min(_TELLING, most)
-        fit = int((_BESIDE_S if beside else _ALONE_S) / self.token_s)
+        fit = int((_BESIDE_S if beside else ALONE_S) / self.token_s)
         return max(min(fit // _SMALLEST * _SMALLEST, most), min(_SMALLEST, most))
 
     def note(self, tokens: int, seconds: float) -> None:

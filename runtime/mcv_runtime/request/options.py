@@ -23,7 +23,7 @@ MOST_TOP_LOGPROBS = 256
 """Likeliest tokens of a place that are told."""
 PICTURES, TOKENS, END, ASKING, MACHINE = "pictures", "tokens", "end", "asking", "machine"
 """Groups of options."""
-_PREFILL_CHUNK = 512
+PREFILL_CHUNK = 512
 _SAMPLING = ("top_k", "top_p", "min_p", "seed")
 _GUIDES: tuple[GrammarKind, ...] = ("json_schema", "regex", "choices")
 Kind = TypeVar("Kind", bound="PictureOptions")
@@ -180,12 +180,13 @@ class Settings:
     repeat_guard: int
     """0: none."""
     timeout: float | None
-    prefill_chunk: int
+    prefill_chunk: int | None
+    """None: as suits the machine."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams", "num_return_sequences", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise OptionError(f"{name} must be at least 1, not {value}")
         for name in ("num_beams", "num_return_sequences"):
             if getattr(self, name) > MOST_ROWS:
                 raise OptionError(f"{name} must be at most {MOST_ROWS}, not {getattr(self, name)}")
@@ -257,5 +258,5 @@ class Settings:
             guide=guides[0] if guides else None,
             repeat_guard=given.get("repeat_guard", 0),
             timeout=given.get("timeout"),
-            prefill_chunk=given.get("prefill_chunk", _PREFILL_CHUNK),
+            prefill_chunk=given.get("prefill_chunk"),
         )
