@@ -30,7 +30,9 @@ from mcv_export.texts import copy_texts
 from mcv_export.workers import workers
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import FILE_NAME, FileSpec, GraphName, GraphSpec, Manifest, NeedsSpec
-from mcv_runtime.errors import BundleCorruptError, CheckpointError, printable
+from mcv_runtime.errors import BundleCorruptError, CheckpointError, PromptError, printable
+from mcv_runtime.pictures.picture import picture_grid
+from mcv_runtime.text.prompts import Message, PromptBuilder
 from mcv_runtime.text.template import ChatTemplate
 from mcv_runtime.text.tokens import TextTokenizer
 
@@ -214,12 +216,14 @@ def _require_readable(plan: ModelPlan, family: str) -> None:
 
 
 def _require_texts(folder: Path, plan: ModelPlan) -> None:
-    """Raise `CheckpointError` for a tokenizer or a template that no runtime would take, before anything is calibrated."""
+    """Raise `CheckpointError` for texts of which no runtime could make a prompt, before anything is calibrated."""
     try:
-        TextTokenizer((folder / plan.text.tokenizer).read_text(encoding="utf-8"))
-        ChatTemplate((folder / plan.text.chat_template).read_text(encoding="utf-8"), plan.text.template_variables)
-    except BundleCorruptError as error:
-        raise CheckpointError(str(error).replace("the bundle's", "the checkpoint's", 1)) from None
+        tokenizer = TextTokenizer((folder / plan.text.tokenizer).read_text(encoding="utf-8"))
+        template = ChatTemplate((folder / plan.text.chat_template).read_text(encoding="utf-8"), plan.text.template_variables)
+        square = picture_grid((plan.image.scale_resolution,) * 2, plan.image)
+        PromptBuilder(tokenizer, template, plan.text, plan.placeholder).build([Message("user", (square, "What is this?"))])
+    except (BundleCorruptError, PromptError) as error:
+        raise CheckpointError(re.sub("the (bundle|model)'s", "the checkpoint's", str(error), count=1)) from None
 
 
 def _reject_unknown_tensors(plan: ModelPlan, checkpoint: Checkpoint, title: str) -> None:

@@ -103,9 +103,8 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None, *, 
     """An integer, positive unless `least` says otherwise."""
     value = config.get(key, default)
     if type(value) is not int or not least <= value < _MOST:
-        raise CheckpointError(
-            _complaint(config, key, value, "a positive integer" if least == 1 else f"an integer from {least} on")
-        )
+        kind = "a positive integer" if least == 1 else f"an integer from {least} on"
+        raise CheckpointError(_complaint(config, key, value, f"{kind} below {_MOST:,}"))
     return value
 
 

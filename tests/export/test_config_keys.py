@@ -233,7 +233,7 @@ def test_a_context_ends_where_windows_begin(change: dict[str, Any], context: int
         ({"layer_types": ["full_attention"]}, "1 layer_types for num_hidden_layers=2"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention' among its layer_types"),
         ({"patch_size": 16}, "patch_size=16"),
-        ({"slice_config": {"max_slice_nums": 9, "patch_size": 16}}, "slice_config.patch_size=16"),
+        ({"slice_config": {"max_slice_nums": 9, "patch_size": 16}}, "slice_config.patch_size=16, but .* a side of 14"),
         ({"vision_config": {"hidden_act": "relu"}}, "vision_config.hidden_act='relu'"),
         ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "already quantized .awq"),
         ({"slice_mode": "yes"}, "slice_mode='yes', which is not true or false"),
@@ -259,7 +259,7 @@ def test_refused(change: dict[str, Any], line: str, copy_checkpoint: Callable[..
         ("text_config.rope_parameters.rope_type", ["default"], "rotary positions of type"),
         ("text_config.layer_types", 1_000_000, "layer_types=1000000, which is not a list of names"),
         ("text_config.layer_types", [["full_attention"]], "which is not a list of names"),
-        ("vision_config.intermediate_size", 10**30, "intermediate_size=10+, which is not a positive integer"),
+        ("vision_config.intermediate_size", 10**30, "intermediate_size=10+, which is not a positive integer below 2,147,"),
         ("text_config.rms_norm_eps", 10**400, "rms_norm_eps=10+.*, which is not a positive number"),
     ],
 )

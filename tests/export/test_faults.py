@@ -125,6 +125,10 @@ def test_texts_that_no_runtime_takes(fails: Callable[..., str], checkpoint: Path
     """Found before anything is calibrated."""
     (checkpoint / "chat_template.jinja").write_text("{{ messages | batch(10**9, 0) | list }}")
     assert fails(checkpoint) == "the checkpoint's chat template cannot be used: No filter named 'batch'."
+    (checkpoint / "chat_template.jinja").write_text("{{ 1 // 0 }}")
+    assert fails(checkpoint).startswith("the checkpoint's chat template fails with these messages: ")
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[0].role }}")
+    assert fails(checkpoint) == "the checkpoint's chat template keeps 0 of 1 pictures"
     (checkpoint / "chat_template.jinja").unlink()
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 1000}

@@ -93,6 +93,7 @@ def test_a_mistake_is_one_line_and_the_conversation_goes_on(folder):
         "/save nul\0.mcv",
         "/back",
         "/video nothing.mp4",
+        "/video .",
         "/image ~nobody/one.png 'unbalanced",
         "/image one.png",
         TEXT,
@@ -102,7 +103,7 @@ def test_a_mistake_is_one_line_and_the_conversation_goes_on(folder):
     words = [
         "nothing.png cannot be read", "broken.png is not a picture", "name a file", "no command /nonsense",
         "nothing.mcv is not there", "cannot be written", "cannot be written", "no point",
-        "nothing.mp4 cannot be read", "cannot be read",
+        "nothing.mp4 cannot be read", ". is a folder, not a file", "cannot be read",
     ]  # fmt: skip
     assert len(complaints(done)) == len(words)
     for line, said in zip(complaints(done), words, strict=True):

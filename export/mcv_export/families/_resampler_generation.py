@@ -127,7 +127,9 @@ def image_spec(checkpoint: Checkpoint, tower: SiglipConfig, **facts: Any) -> Ima
     pictures = picture_settings(checkpoint)
     settings = cfg.Overlay(pictures, cfg.optional_section(config, "slice_config"), config)
     for place in (pictures, cfg.optional_section(config, "slice_config"), config):
-        cfg.expect(place, "patch_size", tower.patch_size)
+        if (size := cfg.integer(place, "patch_size", tower.patch_size)) != tower.patch_size:
+            given = f"{cfg.named(place, 'patch_size')}={size}"
+            raise CheckpointError(f"config has {given}, but its vision tower has patches with a side of {tower.patch_size}")
     mean, std = (cfg.numbers(settings, f"norm_{kind}", (0.5, 0.5, 0.5)) for kind in ("mean", "std"))
     for kind, values in (("mean", mean), ("std", std)):  # what the published code derives, and what others call it
         cfg.expect(pictures, kind, list(values))

@@ -16,9 +16,9 @@ from mcv_runtime.command.progress_bar import ProgressBar, print_answer
 from mcv_runtime.conversation.chat import Chat
 from mcv_runtime.documents.document import Document, is_pdf
 from mcv_runtime.engine import Engine
-from mcv_runtime.errors import ImageError, McvError, OptionError
+from mcv_runtime.errors import McvError, OptionError
 from mcv_runtime.files import at_home
-from mcv_runtime.pictures.images import MAX_PIXELS, open_picture
+from mcv_runtime.pictures.images import MAX_PIXELS, open_local, open_picture
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.answer import Answer
 from mcv_runtime.request.options import Options
@@ -62,8 +62,8 @@ class TerminalChat:
                     page.size(self._max_pixels)
             elif isinstance(picture, Path):
                 open_picture(picture, self._max_pixels)
-            elif not Path(str(picture.source)).is_file():
-                raise ImageError(f"{picture.name} cannot be read: no such file")
+            else:
+                open_local(str(picture.source)).close()
         self._waiting += pictures
 
     def run(self, lines: Iterator[str]) -> int:
