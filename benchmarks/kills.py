@@ -3,7 +3,6 @@
     python benchmarks/kills.py [--part builds] [--count 40] [--seed 0] [--out benchmarks/results/kills.json]
 
 A build is onto a bundle that is there; of a batch, the file of requests changes between the kills.
-`tables`: 100,000 rows from Parquet to Parquet, answered by a stand-in, so that the kills hit the reading and writing of tables.
 A full disk is a limit of the size of a file (RLIMIT_FSIZE), which lets a write fail halfway as one does. Each runs in a fork.
 """
 
@@ -26,26 +25,22 @@ from random import Random
 from typing import Any
 
 import numpy as np
-import pyarrow
 import torch
-from pyarrow import parquet
 
 import mcv_runtime
 from mcv_export.build import BuildOptions, build
 from mcv_export.families import families
-from mcv_runtime import Answer, McvError, Options, Request, Ticket, Timings
+from mcv_runtime import McvError, Options
 from mcv_runtime.batch.rows import Defaults
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.command.batch_cli import answer_batch
-from mcv_runtime.decoding.job import Job
-from mcv_runtime.request.patience import Patience
 from mcv_runtime.vision.picture_store import PictureStore
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "models" / "tiny" / "demo.png"
 GOLDEN = ROOT / "tests" / "golden" / "minicpmv2_6" / "checkpoint"
 QUESTIONS = ["What does the text say?", "What colour is the circle?", "Describe the picture.", "How many shapes are there?"]
-ROWS, TABLE_ROWS = 40, 100_000
+ROWS = 40
 DONE, REFUSED, FAILED = 0, 2, 9
 """Exit codes of a fork; any other is a crash."""
 
@@ -187,52 +182,6 @@ def kill_batches(trial: Trial, kills: int) -> dict[str, Any]:
     return {"killed": killed, "rounds": rounds}
 
 
-def kill_tables(trial: Trial, kills: int) -> dict[str, Any]:
-    """Rows from one Parquet file to another; killed at any time of a run, however far it comes."""
-    source, out = trial.batches / "rows.parquet", trial.batches / "out.parquet"
-    numbers = range(TABLE_ROWS)
-    parquet.write_table(pyarrow.table({"id": [str(n) for n in numbers], "prompt": [f"say {n}" for n in numbers]}), source)
-    defaults = Defaults(prompt="", system=None, options=Options(), model="echo")
-
-    def answer() -> None:
-        if answer_batch(Echo(), source, out, defaults, 3):  # type: ignore[arg-type]
-            raise RuntimeError("a row failed")
-
-    began = time.monotonic()
-    trial.note("the first run failed", unless=end(fork(answer)) == DONE)
-    whole, killed, finished = time.monotonic() - began, 0, 0
-    out.unlink()
-    while killed < kills:
-        now = kill(fork(answer), trial.dice.uniform(0, whole / 2))  # so that it takes several to come to the end
-        killed, finished = killed + now, finished + (not now)
-        if not now:
-            check_table(trial, out, f"after {killed} kills")
-            out.unlink()
-    trial.note("the last run failed", unless=end(fork(answer)) == DONE)
-    check_table(trial, out, "the last run")
-    left = {path.name for path in trial.batches.iterdir()} - {"rows.parquet", "out.parquet"}
-    trial.note(f"left behind: {sorted(left)}", unless=not left)
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
-    return {"rows": TABLE_ROWS, "killed": killed, "finished before": finished, "largest process MB": round(largest)}
-
-
-def check_table(trial: Trial, out: Path, when: str) -> None:
-    """Every row is there, once, in order and with its own answer."""
-    found = parquet.read_table(out, columns=["row", "id", "answer"]).to_pydict()
-    wanted = [str(n) for n in range(TABLE_ROWS)]
-    trial.note(f"{when}: rows are lost, repeated or out of order", unless=found["id"] == wanted)
-    trial.note(f"{when}: rows are numbered wrongly", unless=found["row"] == list(range(1, TABLE_ROWS + 1)))
-    trial.note(f"{when}: a row has another's answer", unless=found["answer"] == [f"say {n}" for n in wanted])
-
-
-class Echo:
-    """Answers with the prompt."""
-
-    def submit(self, request: Request, **more: Any) -> Ticket:
-        answer = Answer(text=request.prompt, tokens=(1,), stop_reason="stop", prompt_tokens=(), pictures=(), timings=Timings())
-        return Ticket(None, Job(pictures=(), patience=Patience(None, None), answer=answer, done=True))  # type: ignore[arg-type]
-
-
 def fill_disks(trial: Trial, count: int) -> dict[str, Any]:
     """Files that may not grow beyond a random size: one line, what was there stays, and the next one goes on."""
     ends: dict[str, int] = {}
@@ -311,7 +260,6 @@ def _use_cache(folder: Path) -> None:
 PARTS: dict[str, tuple[Callable[[Trial, int], dict[str, Any]], int]] = {
     "batches": (kill_batches, 160),
     "builds": (kill_builds, 40),
-    "tables": (kill_tables, 50),
     "full_disk": (fill_disks, 50),
     "two_at_once": (start_two, 10),
 }

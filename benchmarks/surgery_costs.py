@@ -30,7 +30,12 @@ from mcv_calibration.target import this_machine
 from mcv_export.build import BuildOptions, build
 from mcv_export.precision import Wishes
 
-MODELS: dict[str, tuple[Kind, ...]] = {"plain": (), **{kind: (kind,) for kind in KINDS}, "all": KINDS}
+MODELS: dict[str, tuple[Kind, ...]] = {
+    "plain": (),
+    **{kind: (kind,) for kind in KINDS},
+    "spikes and fixed": ("spikes", "fixed"),
+    "all": KINDS,
+}
 RECIPES: dict[str, Wishes] = {
     "default": Wishes(),
     "q8": Wishes(precision="q8"),
@@ -105,7 +110,7 @@ def main() -> None:
                     bundles[recipe] = build(checkpoint, folder / f"bundle-{number}", options).folder
             found = measured(checkpoint, bundles, samples, folder)
         known = result["models"].setdefault(model, {"recipes": {}})
-        known["fp32"] = found["fp32"]
+        known |= {"fp32": found["fp32"], "steps": arguments.steps}
         known["recipes"] |= found["recipes"]
         print(f"{model}: fp32 {100 * found['fp32']['hits'] / found['fp32']['total']:.1f} %", file=sys.stderr, flush=True)
         for recipe, cost in found["recipes"].items():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mcv_calibration.distances import Histogram
 from mcv_calibration.layer_errors import LayerError, worst_layers
-from mcv_calibration.recipe import PRECISIONS
+from mcv_calibration.precisions import PRECISIONS
 from mcv_calibration.report import Report
 from mcv_calibration.samples import Sample
 from mcv_runtime.pictures.images import open_picture

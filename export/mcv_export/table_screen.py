@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mcv_calibration.recipe import Precision, Recipe
+from mcv_calibration.precisions import Precision
+from mcv_calibration.recipe import Recipe
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.plan import GraphPlan, ModelPlan
 from mcv_export.sources import Source, resolve
@@ -74,6 +75,6 @@ def _largest(noise: NDArray[np.float64], energy: NDArray[np.float64]) -> float:
 def _stepped(source: Source, block_size: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
     """Rows [n, K], and the steps of their blocks [n, blocks]."""
     missing = -source.shape[1] % block_size
-    for _, rows_NK in source.chunks():
+    for rows_NK in source.pieces():
         blocks = np.pad(rows_NK, ((0, 0), (0, missing))).reshape(len(rows_NK), -1, block_size)
         yield rows_NK, (np.maximum(blocks.max(2), 0) - np.minimum(blocks.min(2), 0)).astype(np.float64) / _STEPS

@@ -36,8 +36,10 @@ def trace(plan: GraphPlan, storage: Storage = IN_FLOAT) -> tuple[ir.Model, nn.Mo
             shapes.append([_dynamic(spec) for spec in cache])
         program = torch.export.export(module, tuple(examples), dynamic_shapes=tuple(shapes), strict=False)
         model = _translated(program, io)
-        for value in model.graph.initializers.values():
-            value.const_value = None  # a value would be folded, and small weights would vanish into others
+        weights = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+        for name, value in model.graph.initializers.items():
+            if name in weights:
+                value.const_value = None  # a value would be folded, and small weights would vanish into others
         optimizer.optimize_ir(model)
     _drop_unused_outputs(model)
     _name_axes(model, io)
@@ -54,7 +56,7 @@ def _translated(program: torch.export.ExportedProgram, io: GraphIO) -> ir.Model:
     """
     decompose = program.run_decompositions
     for attempt in (lambda table: program, decompose):
-        program.run_decompositions = attempt  # type: ignore[method-assign]
+        program.run_decompositions = attempt
         try:
             traced = torch.onnx.export(
                 program,

@@ -47,7 +47,7 @@ def token_matmul(x: Tensor, qweight: Tensor, weight_scales: Tensor, bias: Tensor
     if emits():
         # Made of constants, so that ONNX Runtime finds layers that read the same x to round it alike, and does so once.
         dtype, zero = (torch.int8, 0) if signed else (torch.uint8, 128)
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
         inputs = (rows, scales.flatten(), torch.full((rows.shape[0],), zero, dtype=dtype))
         rounded = torch.onnx.ops.symbolic("QuantizeLinear", inputs, {"axis": 0}, dtype=dtype, shape=rows.shape)
         operands = (rounded, qweight, torch.ones(()), weight_scales, torch.full((), zero, dtype=dtype))

@@ -59,8 +59,8 @@ def run(
     **values: Any,
 ) -> None:
     """Serve a MiniCPM-V model over HTTP, in the dialects of OpenAI and Ollama."""
-    given_settings = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    settings = Settings(api_keys=_keys(api_key or (), api_key_file), **given_settings)
+    chosen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    settings = Settings(api_keys=_keys(api_key or (), api_key_file), **chosen)
     named = bundle or os.environ.get("MCV_BUNDLE")
     options: dict[str, Any] = {
         "threads": threads,

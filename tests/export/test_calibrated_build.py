@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mcv_calibration.recipe import GraphRecipe, Recipe
+from mcv_calibration.target import this_machine
 from mcv_export import cli
 from mcv_export.build import BuildOptions, BuildResult, build
 from mcv_export.calibrate import SampleOptions
@@ -29,7 +30,7 @@ from mcv_runtime.errors import CheckpointError, OptionError
 STATIC = GraphRecipe(precision="int8-static", prune_ffn=0.3)
 RECIPES: dict[str, Recipe] = {
     "minicpmv2_6": Recipe(
-        target="avx512_vnni",
+        target=this_machine(),
         graphs={
             "vision_encoder": STATIC,
             "resampler": GraphRecipe(precision="int8-static", ranges="minmax", smoothing=0.0),
@@ -37,7 +38,7 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "minicpmv4_6": Recipe(
-        target="avx512_vnni",
+        target=this_machine(),
         graphs={
             "vision_encoder": STATIC,
             "resampler": GraphRecipe(precision="int8-static"),
@@ -208,7 +209,7 @@ def test_what_is_not_observed_is_computed_once(
         ({"graphs": {"decoder": {}}}, "'decoder'; did you mean 'decoder_with_past'?"),
         ({"graphs": {"resampler": 4}}, "resampler must be an object"),
         ({"num_sample": 4}, "'num_sample'; did you mean 'num_samples'?"),
-        ({"num_samples": True}, "num_samples=true"),
+        ({"num_samples": True}, "num_samples=True"),
         ({"min_agreement": 2}, "from 0 to 1"),
         ({"target": "abacus"}, "'abacus' is none of"),
     ],

@@ -1,13 +1,20 @@
 """Keys and values in 8 bits: a second decoder graph on the same weights."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mcv_calibration.accuracy import check_same_model
+from mcv_calibration.accuracy import compare as compare_bundles
+from mcv_calibration.contender import INT8_CACHE, Contender
+from mcv_calibration.gate import Gate
+from mcv_calibration.samples import Sample, builtin_samples
 from mcv_export.build import BuildOptions, build
 from mcv_export.calibrate import SampleOptions
 from mcv_export.int8_cache import reach
@@ -48,6 +55,23 @@ def test_beams_batches_and_files_work_with_it(folder, tmp_path):
     assert small.load_chat(tmp_path / "chat.mcv").ask(None, QUESTIONS[1]).reused_tokens > 64
     with pytest.raises(ChatFileError, match="int8"):
         load(folder).load_chat(tmp_path / "chat.mcv")
+
+
+def test_a_comparison_reads_it_too(folder):
+    """Against the bundle itself this graph alone has an error, which a gate sees; without it, it is the same model."""
+    bundle = Contender(folder, threads=1)
+    graphs = {name: spec for name, spec in bundle.manifest.graphs.items() if name != INT8_CACHE}
+    check_same_model(SimpleNamespace(manifest=replace(bundle.manifest, graphs=graphs), folder=folder), bundle)
+    sample = Sample((TINY / "demo.png",), QUESTIONS[1])
+    found = compare_bundles(bundle, [bundle], [sample], max_new_tokens=8).candidates[0].accuracy
+    assert found.together.kl_max == 0 < found.int8_cache.kl_mean < 0.05
+    assert (found.int8_cache.tokens, found.int8_cache.agreement) == (8, 1)
+    assert "divergence, keys and values in 8 bits, " in Gate(max_kl=0).miss(found)
+    assert Gate(max_kl=0.05, min_agreement=1).miss(found) is None
+
+
+def test_a_bundle_remembers_what_calibrated_it(folder):
+    assert Bundle.open(folder).manifest.calibration == tuple(sorted(builtin_samples(4).digests()))
 
 
 def test_a_hybrid_decoder(golden_root, tmp_path, bundle_of, read_prompt):

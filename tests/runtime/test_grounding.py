@@ -124,7 +124,7 @@ def test_places_in_an_answer(said, regions):
 def test_which_picture():
     class Seen:
         def __init__(self, size):
-            self.size = size
+            self.size, self.page = size, None
 
     def answer(*sizes):
         return Answer(

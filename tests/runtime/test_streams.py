@@ -65,7 +65,7 @@ def test_a_batch_needs_none_of_them(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": str(DEMO), "prompt": "What does the text say?"}))
     out = tmp_path / "out.jsonl"
     assert run(["run", "--batch", str(tmp_path / "rows.jsonl"), "--out", str(out)], ">&- 2>&- <&-") == (0, "", "")
-    assert json.loads(out.read_text())["text"] == "HELLO"
+    assert json.loads(out.read_text())["answer"] == "HELLO"
 
 
 @pytest.mark.parametrize("command", [["run", "--help"], ["export", "inspect", str(BUNDLE)]], ids=["help", "inspect"])

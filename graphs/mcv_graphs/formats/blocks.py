@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class WeightFormat:
 
     def quantize(self, rows_NK: NDArray[np.float32], rounding: Rounding) -> Tensors:
         blocks = rounding(rows_NK, self)
-        held = {"qweight": blocks.qweight, "scales": blocks.scales}
+        held: dict[str, NDArray[Any]] = {"qweight": blocks.qweight, "scales": blocks.scales}
         return held if blocks.zero_points is None else {**held, "zero_points": blocks.zero_points}
 
     def constants(self, inputs: InputRange | None) -> Tensors:

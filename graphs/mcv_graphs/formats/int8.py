@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -89,4 +89,5 @@ class Int8Format:
         return {"input_scale": np.array(scale), "input_zero_point": np.array(zero, np.int8 if self.signed else np.uint8)}
 
     def dequantize(self, layer: Linear | Embedding, count: int) -> Tensor:
-        return (layer.qweight[:, :count].float() * layer.weight_scales[:count]).T  # type: ignore[union-attr]
+        scales = cast("Linear", layer).weight_scales
+        return (layer.qweight[:, :count].float() * scales[:count]).T

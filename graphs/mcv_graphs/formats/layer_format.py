@@ -44,6 +44,7 @@ class InputRange(Protocol):
 class LayerFormat(Protocol):
     """How a linear or an embedding holds its weight, and computes with it. Formats are data, and equal if their fields are."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     main: ClassVar[str]
     """The tensor that holds the weight's values."""
     columns: ClassVar[frozenset[str]]

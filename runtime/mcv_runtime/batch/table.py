@@ -56,7 +56,7 @@ class TableSource:
                             yield refused(number, str(error))
                         else:
                             yield from rows_of(number, row, located, self._defaults)
-            except (_arrow().lib.ArrowException, OSError) as error:
+            except (_arrow().lib.ArrowException, OSError, UnicodeError) as error:
                 raise OptionError(f"{self._path} is damaged behind row {number:,}: {_first_line(error)}") from None
 
 
@@ -86,9 +86,11 @@ def _opened(file: Any, path: Path) -> Any:
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
-    except (arrow.lib.ArrowException, OSError) as error:
+        table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        _ = table.schema_arrow.names  # they may be no UTF-8
+    except (arrow.lib.ArrowException, OSError, UnicodeError) as error:
         raise OptionError(f"{path} is no Parquet file, or damaged: {_first_line(error)}") from None
+    return table
 
 
 def _arrow() -> Any:
