@@ -91,9 +91,8 @@ def load(
     or the decoder open, never both; `kv` `int8` keeps keys and values in a quarter of the memory, if the bundle has a graph for
     it. What of `threads`, `batch_slices` and `kv` is left out, and in which pieces a prompt is read, is as `mcv-run tune` found
     it fastest here, unless `tuned` is false or the next three say something. `provider` is what of ONNX Runtime computes
-    (`cpu`, `cuda`, `openvino`, ...); `session_options` and `session_factory`
-    replace how its sessions are made. Raises `BundleError`, `BundleCorruptError`, `MachineError` or
-    `OptionError`.
+    (`cpu`, `cuda`, `openvino`, ...); `session_options` and `session_factory` replace how its sessions are made. Raises
+    `BundleError`, `BundleCorruptError`, `MachineError` or `OptionError`.
     """
     start = time.perf_counter()
     for name, value, kind in (

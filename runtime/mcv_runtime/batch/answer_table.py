@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, Self
 
 from mcv_runtime.batch.answers import BatchOutput, is_there, sync, sync_folder
 from mcv_runtime.batch.rows import BatchRow
-from mcv_runtime.errors import OptionError, OutputError
+from mcv_runtime.batch.table import parquet
+from mcv_runtime.errors import OutputError
 
 _AT_ONCE = 1000
 """Rows of a group: as many are in memory."""
@@ -45,7 +46,7 @@ class AnswerTable:
     """Takes the answers of rows in their order, as `BatchOutput` does, whose lines it makes a table of."""
 
     def __init__(self, path: Path) -> None:
-        _parquet()  # said now, not after a night
+        parquet()  # said now, not after a night
         self.path = path
         place = Path(os.path.realpath(path))
         self._place, self._partial = place, place.with_name(f"{place.name}.partial")
@@ -134,7 +135,7 @@ def _write(file: BinaryIO, rows: Iterator[dict[str, Any]]) -> None:
     import pyarrow
 
     schema = _schema()
-    with _parquet().ParquetWriter(file, schema, compression="zstd") as writer:
+    with parquet().ParquetWriter(file, schema, compression="zstd") as writer:
         while group := list(itertools.islice(rows, _AT_ONCE)):
             writer.write_table(pyarrow.Table.from_pylist([_columns(row) for row in group], schema=schema))
 
@@ -144,7 +145,7 @@ def _read(place: Path, named: Path) -> Iterator[dict[str, Any]]:
     import pyarrow
 
     try:
-        with _parquet().ParquetFile(place) as table:
+        with parquet().ParquetFile(place) as table:
             if table.schema_arrow.names != _schema().names:
                 raise OutputError(f"{named} holds something else than a batch's answers; name another file")
             for batch in table.iter_batches(batch_size=_AT_ONCE, use_threads=False):
@@ -176,11 +177,3 @@ def _schema() -> Any:
 
     kinds = {int: pa.int64(), str: pa.string(), dict: pa.struct([(name, pa.float64()) for name in TIMINGS])}
     return pa.schema([*((name, kinds[kind]) for name, kind in _TYPES.items()), ("more", pa.string())])
-
-
-def _parquet() -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise OptionError("Parquet needs pyarrow; install it with `pip install minicpmv-onnx[tables]`") from None
-    return parquet

@@ -40,6 +40,8 @@ class TableSource:
         located = files_beside(self._path.parent)
         with open_regular(self._path, error=OptionError) as file:
             table = _opened(file, self._path)
+            import pyarrow
+
             names = list(table.schema_arrow.names)
             self._others = [name for name in names if name not in FIELDS]
             known = [name for name in names if name in FIELDS]
@@ -56,7 +58,7 @@ class TableSource:
                             yield refused(number, str(error))
                         else:
                             yield from rows_of(number, row, located, self._defaults)
-            except (_arrow().lib.ArrowException, OSError, UnicodeError) as error:
+            except (pyarrow.ArrowException, OSError, UnicodeError) as error:
                 raise OptionError(f"{self._path} is damaged behind row {number:,}: {_first_line(error)}") from None
 
 
@@ -82,23 +84,24 @@ def _picture(value: Any) -> Any:
 
 
 def _opened(file: Any, path: Path) -> Any:
-    arrow = _arrow()
-    from pyarrow import parquet
+    reader = parquet()
+    import pyarrow
 
     try:
-        table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        table = reader.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
         _ = table.schema_arrow.names  # they may be no UTF-8
-    except (arrow.lib.ArrowException, OSError, UnicodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         raise OptionError(f"{path} is no Parquet file, or damaged: {_first_line(error)}") from None
     return table
 
 
-def _arrow() -> Any:
+def parquet() -> Any:
+    """pyarrow's module, or what to install, as an `OptionError`."""
     try:
-        import pyarrow
+        from pyarrow import parquet as module
     except ImportError:
         raise OptionError("Parquet needs pyarrow; install it with `pip install minicpmv-onnx[tables]`") from None
-    return pyarrow
+    return module
 
 
 def _first_line(error: Exception) -> str:
