@@ -16,9 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from mcv_runtime.batch.answers import BatchOutput, is_there, sync, sync_folder
+from mcv_runtime.batch.answers import BatchOutput
 from mcv_runtime.batch.rows import BatchRow
 from mcv_runtime.batch.table import parquet
+from mcv_runtime.batch.whole_file import is_there, whole_file
 from mcv_runtime.errors import OutputError
 
 _AT_ONCE = 1000
@@ -49,7 +50,7 @@ class AnswerTable:
         parquet()  # said now, not after a night
         self.path = path
         place = Path(os.path.realpath(path))
-        self._place, self._partial = place, place.with_name(f"{place.name}.partial")
+        self._place = place
         self._rows = place.with_name(f"{place.name}.rows")
         self._lines = BatchOutput(self._rows)
 
@@ -89,16 +90,8 @@ class AnswerTable:
         """All rows are written: make the table."""
         self._lines.finish()
         try:
-            _remove(self._partial)
-            try:
-                with self._partial.open("xb") as file, self._rows.open("rb") as lines:
-                    _write(file, map(json.loads, lines))
-                    sync(file)
-                self._partial.replace(self._place)
-            except BaseException:
-                self._partial.unlink(missing_ok=True)
-                raise
-            sync_folder(self._place.parent)
+            with self._rows.open("rb") as lines, whole_file(self._place) as file:
+                _write(file, map(json.loads, lines))
             if sys.platform == "win32":
                 self._lines.close()
             self._rows.unlink()
@@ -111,24 +104,9 @@ class AnswerTable:
         """Make the lines of a table that an earlier batch has made, all or none, unless there are lines."""
         if is_there(self._rows) or not is_there(self._place):
             return
-        partial = self._rows.with_name(f"{self._rows.name}.partial")
-        _remove(partial)
-        try:
-            with partial.open("xb") as lines:
-                for row in _read(self._place, self.path):
-                    lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                sync(lines)
-            partial.replace(self._rows)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        sync_folder(self._rows.parent)
-
-
-def _remove(partial: Path) -> None:
-    """What a killed run has left."""
-    if is_there(partial):
-        partial.unlink()
+        with whole_file(self._rows) as lines:
+            for row in _read(self._place, self.path):
+                lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def _write(file: BinaryIO, rows: Iterator[dict[str, Any]]) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
-import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from mcv_runtime.batch.rows import BatchRow
+from mcv_runtime.batch.whole_file import is_there, sync, whole_file
 from mcv_runtime.errors import OutputError
 from mcv_runtime.locks import try_lock
 
@@ -99,22 +98,12 @@ class BatchOutput:
 
     def _put_aside(self, first: bytes) -> None:
         """Have the rows from here on in the second file, before those that it has, and on the disk before they go here."""
-        partial = self._rest_path.with_name(f"{self._rest_path.name}.partial")
-        if is_there(partial):
-            partial.unlink()  # left by a run that was killed: nobody else writes here
-        try:
-            with partial.open("xb") as aside:
-                aside.write(first)
-                _copy(self._file, aside)
-                if self._rest_path.exists():
-                    with self._rest_path.open("rb") as older:
-                        _copy(older, aside)
-                sync(aside)
-            partial.replace(self._rest_path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        sync_folder(self._rest_path.parent)
+        with whole_file(self._rest_path) as aside:
+            aside.write(first)
+            _copy(self._file, aside)
+            if self._rest_path.exists():
+                with self._rest_path.open("rb") as older:
+                    _copy(older, aside)
 
     def earlier(self, row: BatchRow) -> dict[str, Any] | None:
         """The answer to the same request from an earlier run, once."""
@@ -160,17 +149,6 @@ def _opened(path: Path) -> BinaryIO:
     return os.fdopen(fd, "r+b")
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is such a file; raises `OutputError` for a pipe, a device, a folder or a link."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return False
-    if not stat.S_ISREG(mode):
-        raise OutputError(f"{path} is no plain file; remove it, or name another for the answers")
-    return True
-
-
 def _require_answers(file: BinaryIO, path: Path) -> None:
     """Raise `OutputError` if a file holds something else; its first line may have been cut off anywhere."""
     first = file.readline(1 << 20)
@@ -212,19 +190,3 @@ def _finished(line: bytes) -> dict[str, Any] | None:
 def _copy(source: BinaryIO, target: BinaryIO) -> None:
     while block := source.read(1 << 20):
         target.write(block)
-
-
-def sync(file: BinaryIO) -> None:
-    """Have what was written outlive the system."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder outlive the system."""
-    if sys.platform != "win32":
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

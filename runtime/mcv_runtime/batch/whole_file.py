@@ -1,0 +1,60 @@
+"""Files of a batch that are there whole or not at all, and still so after a power cut."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from mcv_runtime.errors import OutputError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the name, from another one too, once it is written and on the disk; a failure leaves nothing.
+
+    Until then it is `NAME.partial`: only who holds the batch's lock writes there, so what is there was left by a killed run.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    if is_there(partial):
+        partial.unlink()
+    try:
+        with partial.open("xb") as file:
+            yield file
+            sync(file)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file; raises `OutputError` for a pipe, a device, a folder or a link."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(mode):
+        raise OutputError(f"{path} is no plain file; remove it, or name another for the answers")
+    return True
+
+
+def sync(file: BinaryIO) -> None:
+    """Have what was written outlive the system."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder outlive the system."""
+    if sys.platform != "win32":
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
