@@ -7,6 +7,7 @@ import pytest
 from mcv_calibration.accuracy import Accuracy
 from mcv_calibration.distances import DistributionError, Histogram
 from mcv_calibration.gate import Gate
+from mcv_calibration.intervals import Share
 from mcv_calibration.raising import Ladder, find_recipe
 from mcv_calibration.recipe import GraphRecipe, Recipe
 from mcv_runtime.errors import GateError
@@ -17,7 +18,15 @@ NOISE = {"q4": 1.0, "int8-static": 0.5, "q8": 0.1, "fp32": 0.0}
 
 def distribution(kl: float) -> DistributionError:
     nothing = Histogram(edges=(0.0, None), counts=(1,))
-    return DistributionError(tokens=1, kl_mean=kl, kl_p95=kl, kl_max=kl, agreement=1.0, divergences=nothing)
+    return DistributionError(
+        tokens=1,
+        kl_mean=kl,
+        kl_interval=None,
+        kl_p95=kl,
+        kl_max=kl,
+        agreeing=Share.of(1, 1),
+        divergences=nothing,
+    )
 
 
 class Model:
@@ -38,7 +47,7 @@ class Model:
         costs = self.costs(recipe)
         parts = {name: distribution(costs[graph]) for name, graph in PARTS.items()}
         whole = distribution(sum(costs.values()) + self.floor)
-        return Accuracy(vision=None, compressor=None, visual_tokens=None, together=whole, **parts)
+        return Accuracy(vision=None, compressor=None, visual_tokens=None, together=whole, int8_cache=None, **parts)
 
     def find(self, recipe: Recipe, gate: Gate) -> Recipe:
         return find_recipe(
