@@ -11,7 +11,7 @@ import grimp
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- rooms -->", "<!-- /rooms -->"
-ASIDE = {"errors", "facts", "files", "locks", "panics", "progress"}
+ASIDE = {"errors", "facts", "files", "locks", "panics", "progress", "writing"}
 """What nearly every room imports: their arrows would hide the others."""
 
 

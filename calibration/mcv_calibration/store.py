@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from mcv_runtime.bundle.checked import cache_folder, code_version
 from mcv_runtime.files import open_regular
+from mcv_runtime.writing import replacing
 
 _FORMAT = "1"
 """Of the statistics; another number and nothing kept before is found."""
@@ -110,23 +110,14 @@ class Store:
             _log.warning("there is no home folder, and MCV_CACHE is not set: this calibration cannot be continued later")
             return
         path = self._folder / f"{key}.npz"
-        partial = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for left in self._folder.glob(f"{key}.*.partial"):
+            for left in self._folder.glob(f".{path.name}.*"):
                 if time.time() - left.stat().st_mtime > _ABANDONED:
                     left.unlink()
-            handle, name = tempfile.mkstemp(prefix=f"{key}.", suffix=".partial", dir=self._folder)
-            partial = Path(name)
-            with os.fdopen(handle, "wb") as file:
+            with replacing(path) as file:
                 np.savez(file, allow_pickle=False, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
             make_room(self._folder)
         except OSError as error:
             self._writable = False
             _log.warning("%s cannot be written (%s): this calibration cannot be continued later", self._folder, error)
-        finally:
-            if partial is not None:
-                partial.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from mcv_calibration.report import HTML_NAME, JSON_NAME
 from mcv_runtime.bundle.manifest import FILE_NAME
 from mcv_runtime.errors import McvError, OutputError, shown
 from mcv_runtime.files import parse_json, read_text
+from mcv_runtime.writing import sync, sync_folder
 
 if sys.platform != "win32":
     import fcntl
@@ -32,7 +33,7 @@ _OWN = {FILE_NAME, JSON_NAME, HTML_NAME}
 _NO_REPLACE, _EXCHANGE = 1, 2
 """Flags of renameat2(2)."""
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
-"""What file systems answer that cannot lock folders, write them through, or exchange names."""
+"""What file systems answer that cannot lock folders or exchange names."""
 _PATIENCE = 60.0
 """Seconds that a build waits for another that looks at the same folder; then it goes on, for somebody else holds the lock."""
 _log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def output_folder(out: Path, checkpoint: Path, *, force: bool) -> Iterator[Path]
                 _swap(partial, place)
             else:
                 _rename(partial, place, _NO_REPLACE)
-            _sync_folder(place.parent)
+            sync_folder(place.parent)
 
 
 @contextmanager
@@ -262,21 +263,8 @@ def _sync(folder: Path) -> None:
     for top, _, names in os.walk(folder):
         for name in names:
             with Path(top, name).open("r+b") as file:
-                os.fsync(file.fileno())
-        _sync_folder(Path(top))
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:  # a file system that writes folders when it likes
-            raise
-    finally:
-        os.close(handle)
+                sync(file)
+        sync_folder(Path(top))
 
 
 def _remove(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +31,7 @@ from mcv_export.remembering import RememberingSession
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import FILE_NAME, GraphName
 from mcv_runtime.errors import OptionError, OutputError
+from mcv_runtime.writing import replacing
 
 CHECKPOINT = "the checkpoint"
 
@@ -215,13 +215,7 @@ def _first_float(bundles: Sequence[Bundle]) -> int:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with unfinished.open("x", encoding="utf-8", newline="\n", errors="replace") as stream:
-            stream.write(text)
+    with replacing(path, mode=0o666) as file:
+        file.write(text.encode(errors="replace"))
         if path.exists():
-            unfinished.chmod(path.stat().st_mode & 0o777)
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+            Path(file.name).chmod(path.stat().st_mode & 0o777)

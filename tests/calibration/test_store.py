@@ -69,7 +69,7 @@ def test_entries_that_hang_or_fill_memory_are_discarded(tmp_path: Path) -> None:
 def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
     store = Store("tiny", tmp_path)
     key = store.key("x")
-    old, new, other = (tmp_path / name for name in (f"{key}.a.partial", f"{key}.b.partial", "c.partial"))
+    old, new, other = (tmp_path / name for name in (f".{key}.npz.a", f".{key}.npz.b", ".c.npz.a"))
     for left in (old, new, other):
         left.touch()
     for left in (old, other):

@@ -235,7 +235,7 @@ def test_a_kill_at_the_swap(tmp_path: Path, killed: Callable[..., None]) -> None
     make_bundle(tmp_path / "b")
     killed("pass", "module._swap = die")
     assert content(tmp_path / "b") == "old"
-    killed("pass", "module._sync_folder = lambda path: die() if path == Path(sys.argv[1]).parent else None")
+    killed("pass", "module.sync_folder = lambda path: die() if path == Path(sys.argv[1]).parent else None")
     assert (tmp_path / "b/mcv.json").read_text() == '{"files": {}}'
     replace(tmp_path / "b")
     assert names(tmp_path) == ["b"]

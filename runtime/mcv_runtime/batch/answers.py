@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from mcv_runtime.batch.rows import BatchRow
-from mcv_runtime.batch.whole_file import is_there, sync, whole_file
+from mcv_runtime.batch.whole_file import is_there, whole_file
 from mcv_runtime.errors import OutputError
 from mcv_runtime.locks import try_lock
+from mcv_runtime.writing import sync
 
 _WINDOW = 1000
 """Finished rows among which the next is looked for: as many may have been deleted or edited in a row."""

@@ -1,16 +1,15 @@
-"""Files of a batch that are there whole or not at all, and still so after a power cut."""
+"""Files of a batch, of which one process writes one at a time."""
 
 from __future__ import annotations
 
-import os
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from mcv_runtime.errors import OutputError
+from mcv_runtime.writing import sync, sync_folder
 
 
 @contextmanager
@@ -42,19 +41,3 @@ def is_there(path: Path) -> bool:
     if not stat.S_ISREG(mode):
         raise OutputError(f"{path} is no plain file; remove it, or name another for the answers")
     return True
-
-
-def sync(file: BinaryIO) -> None:
-    """Have what was written outlive the system."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder outlive the system."""
-    if sys.platform != "win32":
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

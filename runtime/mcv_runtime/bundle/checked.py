@@ -10,12 +10,12 @@ import hashlib
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
 from mcv_runtime.files import at_home, read_regular
+from mcv_runtime.writing import replacing
 
 _KNOWN_BYTES = 1 << 16
 _log = logging.getLogger(__name__)
@@ -75,14 +75,8 @@ def remember(bundle: Path, keys: Collection[str]) -> None:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, unfinished = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="ascii") as file:
-                file.write("\n".join(sorted(keys)))
-            Path(unfinished).replace(path)
-        except BaseException:
-            Path(unfinished).unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            file.write("\n".join(sorted(keys)).encode("ascii"))
     except (OSError, ValueError) as error:
         _log.debug("%s is hashed again next time: %s", bundle, error)
 

@@ -6,8 +6,6 @@ A line with the format, a line with the sha256 of all that follows, and a NumPy 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ import numpy as np
 
 from mcv_runtime.errors import ChatFileError, OutputError, ResourceError, printable
 from mcv_runtime.files import open_regular
+from mcv_runtime.writing import replacing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,26 +28,18 @@ Add = Callable[[str, "NDArray[Any]"], None]
 def write_sealed(path: Path, magic: bytes, fill: Callable[[Add], None]) -> None:
     """Write what `fill` adds to `path`, all or nothing; one tensor after the other, as a copy of all may not fit."""
     try:
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w+b") as file:
-                file.write(magic + b"0" * 64 + b"\n")
-                with zipfile.ZipFile(file, "w") as archive:
+        with replacing(path) as file:
+            file.write(magic + b"0" * 64 + b"\n")
+            with zipfile.ZipFile(file, "w") as archive:
 
-                    def add(name: str, values: NDArray[Any]) -> None:
-                        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                            np.lib.format.write_array(member, values, allow_pickle=False)
+                def add(name: str, values: NDArray[Any]) -> None:
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, values, allow_pickle=False)
 
-                    fill(add)
-                digest = _digest(file, magic)
-                file.seek(len(magic))
-                file.write(digest)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(partial).replace(path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+                fill(add)
+            digest = _digest(file, magic)
+            file.seek(len(magic))
+            file.write(digest)
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 

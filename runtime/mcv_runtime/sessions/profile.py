@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from mcv_runtime.bundle.typed_json import Between, parse
 from mcv_runtime.errors import BundleCorruptError, OutputError
 from mcv_runtime.files import parse_json, read_regular
 from mcv_runtime.sessions.cores import ROOT, default_threads
+from mcv_runtime.writing import replacing
 
 KV: tuple[Literal["float", "int8"], ...] = ("float", "int8")
 _BYTES, _KEPT = 1 << 12, 64
@@ -91,14 +91,8 @@ def keep_profile(profile: Profile) -> Path:
         raise OutputError("there is no home folder to keep a profile in; set MCV_CACHE to a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, unfinished = tempfile.mkstemp(prefix=".", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="ascii") as file:
-                json.dump(asdict(profile), file, indent=2)
-            Path(unfinished).replace(path)
-        except BaseException:
-            Path(unfinished).unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            file.write(json.dumps(asdict(profile), indent=2).encode("ascii"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     _drop_oldest(path.parent)
