@@ -1,11 +1,11 @@
 """Requests of all kinds come and go on one engine, from threads and coroutines, and each is answered as if it were alone.
 
-python benchmarks/storm.py [BUNDLE] --rounds 1000 --out results/storm.json
+python benchmarks/storm.py BUNDLE --rounds 1000 --out results/storm.json
 
 A round is 40 requests (greedy, sampled, beams, prompt lookup, constrained, several answers, conversations, videos, cancelled
-and late ones) in an order drawn from its seed, taken by 8 threads, of which some use asyncio. Where a bundle computes in 8
-bits, how rows are grouped changes the last digits of its logits, and a rounding of activations may enlarge that: there a
-sampled token may be another one.
+and late ones) in an order drawn from its seed, taken by 8 threads, of which some use asyncio. The bundle is one in fp32: how
+rows are grouped changes the last digits of logits, which 8 bits enlarge by a rounding of activations, and between two tokens
+that are about equally likely (a constraint may leave none but unlikely ones) that decides.
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ async def _streamed(engine: Engine, request: Request) -> Answer:
     return ticket.result()
 
 
-def storm(
-    bundle: Path | None, rounds: int, first_seed: int, note: Callable[[int], object] = lambda seed: None
-) -> dict[str, Any]:
+def storm(bundle: Path, rounds: int, first_seed: int, note: Callable[[int], object] = lambda seed: None) -> dict[str, Any]:
     """Run rounds, and count what was wrong."""
     asked = cases()
     alone = load(bundle, threads=1, reuse=False)
@@ -161,7 +159,7 @@ def storm(
 def main() -> None:
     """Run them and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, nargs="?")
+    parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "storm.json")

@@ -26,6 +26,13 @@ def engine():
 
 
 @pytest.fixture(scope="module")
+def tiny_bundle(tmp_path_factory):
+    from mcv_export.build import BuildOptions, build
+
+    return build(DEMO.parent / "checkpoint", tmp_path_factory.mktemp("tiny") / "bundle", BuildOptions(precision="fp32")).folder
+
+
+@pytest.fixture(scope="module")
 def hybrid(bundle_of):
     return bundle_of("minicpmv4_6")
 
@@ -35,17 +42,18 @@ def request(question=CAPTION, picture=DEMO, **options):
 
 
 @pytest.mark.waits
-@pytest.mark.parametrize("family", [None, "minicpmv4_6"])
-def test_requests_that_come_and_go_are_answered_as_if_alone(family, bundle_of):
+@pytest.mark.parametrize("bundle", ["tiny_bundle", "hybrid"])
+def test_requests_that_come_and_go_are_answered_as_if_alone(bundle, request):
     """`benchmarks/storm.py` does this a thousand times."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
         from storm import storm
     finally:
         del sys.path[0]
-    found = storm(None if family is None else bundle_of(family), rounds=3, first_seed=0)
-    assert found["wrong"] == found["missing"] == found["beyond_memory"] == 0
+    found = storm(request.getfixturevalue(bundle), rounds=3, first_seed=0)
     assert found["requests"] == 120
+    assert found["wrong_by_case"] == {}
+    assert found["missing"] == found["stuck_rounds"] == found["beyond_memory"] == 0
 
 
 def test_while_a_prompt_is_read_others_go_on(engine):
