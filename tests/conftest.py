@@ -273,10 +273,10 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def engine_of(bundle_of: Callable[..., Path]) -> Callable[..., Any]:
-    """An engine on the same."""
+    """An engine on the same, of one thread: two would wait for each other as long as other tests run beside it."""
     from mcv_runtime import load
 
-    return cache(lambda family, precision="fp32": load(bundle_of(family, precision), threads=2))
+    return cache(lambda family, precision="fp32": load(bundle_of(family, precision), threads=1))
 
 
 @pytest.fixture(scope="session")

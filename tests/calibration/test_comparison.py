@@ -28,11 +28,11 @@ from mcv_runtime.errors import GateError, OptionError
 def compared(bundle_of: Callable[..., Path], few_samples: tuple[Sample, ...]) -> Report:
     """fp32 against itself, and q8."""
     reference, same, q8 = (
-        Contender(bundle_of("minicpmv2_6", precision), name=name, threads=2)
+        Contender(bundle_of("minicpmv2_6", precision), name=name, threads=1)
         for name, precision in (("fp32", "fp32"), ("again", "fp32"), ("<q8>", "q8"))
     )
     samples = SampleSet(few_samples, ("broken.png: <not a picture>",), "a folder")
-    return make_report(reference, [same, q8], samples, threads=2, max_new_tokens=24)
+    return make_report(reference, [same, q8], samples, threads=1, max_new_tokens=24)
 
 
 def test_fp32_against_itself_is_without_error(compared: Report) -> None:
@@ -115,9 +115,9 @@ def test_a_damaged_layer_is_named_first(
     bundle_of: Callable[..., Path],
     few_samples: tuple[Sample, ...],
 ) -> None:
-    reference, damaged = (Contender(folder, threads=2) for folder in (bundle_of("minicpmv2_6"), damage(graph, layer)))
+    reference, damaged = (Contender(folder, threads=1) for folder in (bundle_of("minicpmv2_6"), damage(graph, layer)))
     samples = SampleSet(few_samples[:1], (), "a folder")
-    (bundle,) = make_report(reference, [damaged], samples, threads=2, max_new_tokens=4).bundles
+    (bundle,) = make_report(reference, [damaged], samples, threads=1, max_new_tokens=4).bundles
     with pytest.raises(GateError) as refusal:
         Gate(max_kl=1e-5).check(bundle)
     assert refusal.value.exit_code == 3
@@ -142,7 +142,7 @@ def test_bundles_of_different_models(bundle_of: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("family", ["minicpmv2_6", "minicpmv4_6"])
 def test_scoring_a_text_at_once_is_decoding_it(family: str, bundle_of: Callable[..., Path], golden_root: Path) -> None:
     """The answer that the engine writes token by token is the likeliest at every place, and is found from a wrong guess."""
-    contender = Contender(bundle_of(family), threads=2)
+    contender = Contender(bundle_of(family), threads=1)
     picture = sorted((golden_root / "images").iterdir())[0]
     (encoded,), _ = contender.encode([picture])
     answer = contender.engine.ask([encoded], "What is it?", max_new_tokens=6)
@@ -164,7 +164,7 @@ def test_scoring_a_text_at_once_is_decoding_it(family: str, bundle_of: Callable[
 
 def test_taps_in_passes_leave_the_bundle_alone(bundle_of: Callable[..., Path], few_samples: tuple[Sample, ...]) -> None:
     folders = bundle_of("minicpmv2_6"), bundle_of("minicpmv2_6", "q8")
-    contender = Contender(folders[0], threads=2)
+    contender = Contender(folders[0], threads=1)
     _, calls = contender.encode(few_samples[0].images)
     feeds = [call.inputs for call in calls if call.graph == "vision_encoder"][:2]
     before = [sorted(folder.rglob("*")) for folder in folders]
@@ -184,7 +184,7 @@ def test_taps_are_behind_all_that_belongs_to_a_layer(
 ) -> None:
     """Behind the product with each row's magnitude and the bias, where those are nodes of their own."""
     graphs = [TappedGraph(Bundle.open(bundle_of("minicpmv2_6", one)).graph("vision_encoder")) for one in ("fp32", precision)]
-    contender = Contender(bundle_of("minicpmv2_6"), threads=2)
+    contender = Contender(bundle_of("minicpmv2_6"), threads=1)
     _, calls = contender.encode(few_samples[0].images)
     feeds = [call.inputs for call in calls if call.graph == "vision_encoder"][:1]
     layers = layer_errors("vision_encoder", *graphs, feeds)
@@ -204,7 +204,7 @@ class Fixed:
 
 
 def test_a_pruned_layer_is_marked(bundle_of: Callable[..., Path], few_samples: tuple[Sample, ...]) -> None:
-    contender = Contender(bundle_of("minicpmv2_6"), threads=2)
+    contender = Contender(bundle_of("minicpmv2_6"), threads=1)
     _, calls = contender.encode(few_samples[0].images)
     feeds = [call.inputs for call in calls if call.graph == "resampler"][:1]
     errors = layer_errors("resampler", Fixed(3), TappedGraph(contender.engine.bundle.graph("resampler")), feeds)

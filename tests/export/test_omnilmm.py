@@ -117,7 +117,7 @@ def test_tokens_equal_those_of_timm_and_transformers(
     checkpoint: tuple[Path, dict[str, torch.Tensor]], tower: Any, language_model: Any, golden_root: Path, tmp_path: Path
 ) -> None:
     folder, state = checkpoint
-    engine = load(build(folder, tmp_path / "bundle", BuildOptions(precision="fp32")).folder, threads=2)
+    engine = load(build(folder, tmp_path / "bundle", BuildOptions(precision="fp32")).folder, threads=1)
     with Image.open(golden_root / "images" / "synth_300x200.png") as opened:
         picture = opened.convert("RGB")
     part = {name.removeprefix("model.resampler."): value for name, value in state.items() if "resampler" in name}

@@ -83,7 +83,7 @@ def test_a_search_needs_a_gate_and_a_free_place(source: Path, tmp_path: Path, ru
 
 def test_each_block_alone(source: Path, bundle_of: Callable[..., Path]) -> None:
     """A block that is as it was costs nothing, and the one that is coarsest costs most."""
-    contender = Contender(bundle_of("minicpmv2_6"), threads=2)
+    contender = Contender(bundle_of("minicpmv2_6"), threads=1)
     calls = compare(contender, [contender], builtin_samples(1).samples, max_new_tokens=4).calls
     checkpoint = open_checkpoint(source)
     for graph in FAMILY.plan(checkpoint).graphs:

@@ -18,7 +18,7 @@ QUESTIONS = ["What does the text say?", "Describe the picture.", "What shape is 
 
 @pytest.fixture(scope="module")
 def engine():
-    return load(threads=2)
+    return load(threads=1)
 
 
 def test_beams(golden_case, golden_engine):

@@ -20,13 +20,13 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def engine(family, bundle_of):
-    return load(bundle_of(family), threads=2)
+    return load(bundle_of(family), threads=1)
 
 
 @pytest.fixture(scope="module")
 def forgetful(family, bundle_of):
     """An engine that reads every prompt from its beginning."""
-    return load(bundle_of(family), threads=2, reuse=False)
+    return load(bundle_of(family), threads=1, reuse=False)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_small_chunks_change_nothing(engine, forgetful, drawn):
 
 
 def test_memory_of_earlier_requests_is_bounded(bundle_of, family):
-    limited = load(bundle_of(family), threads=2, memory_mb=12)
+    limited = load(bundle_of(family), threads=1, memory_mb=12)
     for number in range(12):
         limited.ask(None, f"{number} " * 200, max_new_tokens=2)
         use = limited.memory()
