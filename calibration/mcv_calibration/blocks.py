@@ -14,7 +14,7 @@ from mcv_calibration.hqq import hqq
 from mcv_calibration.k_quant import k_quant
 from mcv_graphs.formats import WeightFormat
 from mcv_graphs.ops import dequantize
-from mcv_runtime.errors import OptionError
+from mcv_runtime.errors import OptionError, shown
 
 Method = Literal["rtn", "k-quant", "hqq"]
 METHODS: tuple[Method, ...] = ("rtn", "k-quant", "hqq")
@@ -37,7 +37,7 @@ def quantize_rows(rows_NK: Floats, weights: WeightFormat, method: Method = "rtn"
     `importance_K`: how much an error of each input channel weighs, for example its mean square; k-quant alone heeds it.
     """
     if method not in METHODS:
-        raise OptionError(f"method {method!r} is none of {', '.join(METHODS)}")
+        raise OptionError(f"method {shown(method)} is none of {', '.join(METHODS)}")
     rows, width = rows_NK.shape
     if importance_K is not None and importance_K.shape != (width,):
         raise OptionError(f"importance of {importance_K.shape} channels for a weight of {width}; measure this very layer")

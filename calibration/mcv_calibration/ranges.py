@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mcv_calibration.histogram import Histogram
 from mcv_calibration.measured import Range
 from mcv_calibration.recipe import Ranges
-from mcv_runtime.errors import OptionError
+from mcv_runtime.errors import OptionError, shown
 
 LEVELS = 256
 PERCENTILE = 99.999
@@ -24,7 +24,7 @@ _CANDIDATES = 20
 def find_range(histogram: Histogram, method: Ranges) -> Range:
     """The range by one of the methods; raises `OptionError` for an unknown one."""
     if method not in METHODS:
-        raise OptionError(f"ranges={method!r}: choose one of {', '.join(get_args(Ranges))}")
+        raise OptionError(f"ranges={shown(method)}: choose one of {', '.join(get_args(Ranges))}")
     low, high = METHODS[method](histogram)
     return Range(min(low, 0.0), max(high, 0.0))
 

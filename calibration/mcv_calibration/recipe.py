@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 from mcv_calibration.precisions import PRECISIONS, Precision
 from mcv_calibration.target import Target, chosen, this_machine
 from mcv_runtime.bundle.manifest import GraphName
-from mcv_runtime.errors import OptionError
+from mcv_runtime.errors import OptionError, shown
 from mcv_runtime.files import parse_json
 
 Method = Literal["rtn", "k-quant", "hqq", "gptq"]
@@ -23,7 +23,7 @@ def require_known(keys: Iterable[str], known: Sequence[str], where: str) -> None
         if key not in known:
             near = [name for name in known if name.startswith(key)] or get_close_matches(key, known, 1)
             meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise OptionError(f"{where} has the unknown key {key!r}; {meant}")
+            raise OptionError(f"{where} has the unknown key {shown(key)}; {meant}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class GraphRecipe:
             (self.ranges, get_args(Ranges)),
         ):
             if value not in known:
-                raise OptionError(f"{value!r} is none of {', '.join(known)}")
+                raise OptionError(f"{shown(value)} is none of {', '.join(known)}")
         if not 0 <= self.smoothing <= 1:
             raise OptionError(f"smoothing={self.smoothing} is not between 0 and 1")
         if not 0 <= self.prune_ffn < 1:
@@ -110,7 +110,7 @@ class GraphRecipe:
         require_known(data, [each.name for each in fields(cls)], where)
         for name, kinds in (("block_size", int), ("smoothing", int | float), ("prune_ffn", int | float), ("layers", dict)):
             if name in data and (not isinstance(data[name], kinds) or isinstance(data[name], bool)):
-                raise OptionError(f"{where} has {name}={data[name]!r}")
+                raise OptionError(f"{where} has {name}={shown(data[name])}")
         try:
             return cls(**data)
         except TypeError:  # an unhashable precision, say

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from mcv_runtime.errors import OptionError
+from mcv_runtime.errors import OptionError, shown
 from mcv_runtime.sessions.machine import is_arm, sums_exactly
 
 Target = Literal["avx512_vnni", "avx2", "arm64"]
@@ -23,5 +23,5 @@ def chosen(target: str | None) -> Target:
     if target is None:
         return this_machine()
     if target not in TARGETS:
-        raise OptionError(f"target {target!r} is none of {', '.join(TARGETS)}")
+        raise OptionError(f"target {shown(target)} is none of {', '.join(TARGETS)}")
     return target

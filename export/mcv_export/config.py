@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mcv_runtime.errors import CheckpointError
+from mcv_runtime.errors import CheckpointError, shown
 
 _MOST = 1 << 31
 """Above any number of anything in a configuration, and below what torch takes for a size."""
@@ -90,7 +90,7 @@ def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A nested object."""
     value = config.get(key)
     if not isinstance(value, Mapping):
-        raise CheckpointError(f"config.json has no section {key!r}")
+        raise CheckpointError(f"config.json has no section {shown(key)}")
     return value
 
 
@@ -156,12 +156,6 @@ def named(config: Mapping[str, Any], key: str) -> str:
     return f"{config.path}{key}" if isinstance(config, Config) else key
 
 
-def shown(value: object) -> str:
-    """A value, short enough for one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # not NaN either
 
@@ -169,5 +163,5 @@ def _is_number(value: object) -> bool:
 def _complaint(config: Mapping[str, Any], key: str, value: object, wanted: str) -> str:
     if value is None:
         null = isinstance(config, Config) and key in config.nulls
-        return f"config has {named(config, key)}=null, which has no default" if null else f"config lacks the key {key!r}"
+        return f"config has {named(config, key)}=null, which has no default" if null else f"config lacks the key {shown(key)}"
     return f"config has {named(config, key)}={shown(value)}, which is not {wanted}"

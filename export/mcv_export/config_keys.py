@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from mcv_export import config as cfg
 from mcv_export.checkpoint import Checkpoint
-from mcv_runtime.errors import CheckpointError
+from mcv_runtime.errors import CheckpointError, shown
 
 _WITHOUT_EFFECT: Mapping[str, str] = {
     "says who wrote the file, and for which class": """
@@ -94,7 +93,7 @@ def refuse_unread(checkpoint: Checkpoint, left_out: Collection[str] = ()) -> Non
     files = [checkpoint.config, *(one for name, one in checkpoint.opened.items() if name not in _ARBITRARY)]
     for config in files:
         for key, path, value in config.unread():
-            found = f"{config.file} has {path}={cfg.shown(value)}"
+            found = f"{config.file} has {path}={shown(value)}"
             if key in _NEUTRAL:
                 if value not in _NEUTRAL[key]:
                     raise CheckpointError(f"{found}; of this family mcv knows {_NEUTRAL[key][0]!r} only")

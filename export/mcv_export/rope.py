@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mcv_export import config as cfg
-from mcv_runtime.errors import CheckpointError
+from mcv_runtime.errors import CheckpointError, shown
 
 _LAYER_KINDS = ("full_attention", "sliding_attention", "linear_attention")
 
@@ -64,7 +64,7 @@ def rope(
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if not isinstance(kind, str) or (kind not in _SCALED and kind not in ("default", "dynamic")):
         known = ", ".join(["default", "dynamic", *_SCALED])
-        raise CheckpointError(f"config has rotary positions of type {cfg.shown(kind)}; mcv knows {known}")
+        raise CheckpointError(f"config has rotary positions of type {shown(kind)}; mcv knows {known}")
     dim, context = int(head_dim * partial), cfg.integer(config, "max_position_embeddings")
     if kind not in _SCALED:
         if kind == "dynamic":  # its frequencies change only beyond max_position_embeddings, where a bundle does not go
@@ -90,7 +90,7 @@ def _parameters(config: Mapping[str, Any], layer_kinds: Collection[str]) -> Mapp
     """The one object with the parameters, also where each kind of layer has its own."""
     given = [found for key in ("rope_scaling", "rope_parameters") if (found := config.get(key))]
     if not all(isinstance(one, Mapping) for one in given):
-        raise CheckpointError(f"config has rotary positions {cfg.shown(given)}, which are not an object")
+        raise CheckpointError(f"config has rotary positions {shown(given)}, which are not an object")
     parameters = _same(given, "in rope_scaling and in rope_parameters")
     own = [kind for kind in _LAYER_KINDS if kind in parameters]
     if not own:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from mcv_export import config as cfg
 from mcv_export.checkpoint import Checkpoint
 from mcv_runtime.bundle.manifest import GenerationSpec
-from mcv_runtime.errors import CheckpointError
+from mcv_runtime.errors import CheckpointError, shown
 from mcv_runtime.files import parse_json
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -56,7 +56,7 @@ def _token_list(config: Mapping[str, Any], key: str, vocab_size: int) -> list[in
     value = config.get(key, [])
     ids = value if isinstance(value, list) else [value]
     if not all(type(item) is int and 0 <= item < vocab_size for item in ids):
-        raise CheckpointError(f"config has {key}={cfg.shown(value)}, which are not ids of its {vocab_size} tokens")
+        raise CheckpointError(f"config has {key}={shown(value)}, which are not ids of its {vocab_size} tokens")
     return list(ids)
 
 
@@ -106,7 +106,7 @@ def _named_templates(value: object) -> dict[str, str]:
     except (TypeError, KeyError):
         named = {}
     if not named or not all(isinstance(text, str) for pair in named.items() for text in pair):
-        raise CheckpointError(f"chat_template={cfg.shown(value)} is neither a template nor several with their names")
+        raise CheckpointError(f"chat_template={shown(value)} is neither a template nor several with their names")
     return named
 
 

@@ -12,6 +12,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect
 
+from mcv_runtime.errors import shown
 from mcv_runtime.files import parse_json
 from mcv_serve.errors import ApiError
 from mcv_serve.service import Service
@@ -84,7 +85,7 @@ def refusal(error: ValidationError, body: Any) -> ApiError:
     worst = max(error.errors(include_url=False, include_context=False, include_input=False), key=lambda one: len(one["loc"]))
     field = _field(worst["loc"], body)
     if worst["type"] == "extra_forbidden":
-        return ApiError(400, "unknown_parameter", f"this server knows no field {field!r}; leave it out", param=field)
+        return ApiError(400, "unknown_parameter", f"this server knows no field {shown(field)}; leave it out", param=field)
     message = worst["msg"][:1].lower() + worst["msg"][1:]
     return ApiError(400, "invalid_value", f"{field}: {message}" if field else message, param=field or None)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mcv_runtime import OptionError
+from mcv_runtime.errors import shown
 
 NETWORK, LIMITS, SAFETY, MACHINE = "Name and network", "Limits", "Safety", "Model and machine"
 
@@ -68,5 +69,5 @@ class Settings:
         for host in self.image_hosts:
             if not host or any(mark in host for mark in "/:@* "):
                 raise OptionError(
-                    f"--allow-image-host takes the name of a host, for example pictures.example.org, not {host!r}"
+                    f"--allow-image-host takes the name of a host, for example pictures.example.org, not {shown(host)}"
                 )

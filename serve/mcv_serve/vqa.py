@@ -10,6 +10,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
+from mcv_runtime.errors import shown
 from mcv_serve import body as bodies
 from mcv_serve import told
 from mcv_serve.asked import Asked, PictureData, Turn
@@ -45,7 +46,7 @@ def router(service: Service) -> APIRouter:
         options: dict[str, Any] = {}
         for name, text in fields.items():
             if name not in _OPTIONS:
-                raise ApiError(400, "unknown_parameter", f"this server knows no field {name!r}; leave it out", param=name)
+                raise ApiError(400, "unknown_parameter", f"this server knows no field {shown(name)}; leave it out", param=name)
             if not (text.isascii() and text.isdigit() and 0 < int(text[:10]) < 1 << 20):
                 raise ApiError(400, "invalid_value", f"{name} must be a whole number above 0", param=name)
             options[_OPTIONS[name]] = int(text)
@@ -96,7 +97,7 @@ async def _form(request: Request, service: Service) -> tuple[list[PictureData], 
                         raise ApiError(400, "unknown_parameter", "pictures are sent as `file`", param=name)
                     pictures.append(PictureData(await value.read(), param="file"))
                 elif name in fields:
-                    raise ApiError(400, "invalid_value", f"the field {name!r} stands twice", param=name)
+                    raise ApiError(400, "invalid_value", f"the field {shown(name)} stands twice", param=name)
                 else:
                     fields[name] = value
     except (MultiPartException, FormParserError, UnicodeDecodeError, KeyError) as error:

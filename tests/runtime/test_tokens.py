@@ -87,6 +87,14 @@ def small_tokenizer(**changes):
     return json.dumps({"version": "1.0", "added_tokens": [], "model": model, **changes})
 
 
+@pytest.mark.parametrize("token", ["b" * 1_000_000, "\x1b[31m"])
+def test_a_stranger_s_name_for_a_token_is_not_repeated_whole(token):
+    with pytest.raises(BundleCorruptError, match="does not have") as caught:
+        TextTokenizer(small_tokenizer()).id_of(token)
+    assert len(str(caught.value)) < 200
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("name", GROWING)
 def test_a_tokenizer_that_blows_texts_up_is_refused(name):
     with pytest.raises(BundleCorruptError, match="normalizer would make a text many times as long"):

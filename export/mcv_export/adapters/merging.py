@@ -18,7 +18,7 @@ from mcv_export.adapters.ties import Tie, tie_of, untied
 from mcv_export.checkpoint import ADAPTER_CONFIG, Checkpoint, CheckpointTensor, require_floats
 from mcv_export.families import recognise
 from mcv_export.tensor_files import matrix_shape
-from mcv_runtime.errors import CheckpointError
+from mcv_runtime.errors import CheckpointError, shown
 
 _BUFFERS = ("inv_freq", "pos_embed", "position_ids")
 """What modules saved in full may have stored beside their parameters, and every checkpoint leaves out that can compute it."""
@@ -95,7 +95,7 @@ class _Merger:
         keys |= {f"{layer.name}.weight": (f"{layer.name}.weight", f"{layer.name}.in_proj_weight") for layer in files.layers}
         first = next(iter(keys))
         if is_of_another_model(settings.base, self.title, self.checkpoint.config):
-            self._refuse(adapter, first, f"is of {settings.base!r}, which is another model than {self.title}")
+            self._refuse(adapter, first, f"is of {shown(settings.base)}, which is another model than {self.title}")
         buffers = [key for key in files.full if self._base(key) is None and key.rpartition(".")[2] in _BUFFERS]
         wanted = {key: options for key, options in keys.items() if key not in buffers}
         layers = {f"{layer.name}.weight": layer for layer in files.layers}
@@ -116,7 +116,7 @@ class _Merger:
             self._refuse(adapter, first, str(error))
         strange = next((key for key, options in wanted.items() if not any(map(known, options))), None)
         if strange is not None and (rename is None or is_of_another_maker(settings.base)):
-            base = f"; it was trained on {settings.base!r}" if settings.base else ""
+            base = f"; it was trained on {shown(settings.base)}" if settings.base else ""
             self._refuse(adapter, strange, f"is none that {self.checkpoint.folder} has{base}")
         assert rename is not None
         return {key: next(name for name in map(rename, options) if known(name)) for key, options in wanted.items()}

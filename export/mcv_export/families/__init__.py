@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mcv_export.plan import Family
-from mcv_runtime.errors import CheckpointError
+from mcv_runtime.errors import CheckpointError, shown
 
 
 def families() -> tuple[Family, ...]:
@@ -24,6 +24,6 @@ def recognise(config: Mapping[str, Any]) -> Family:
         if family.recognises(config):
             return family
     raise CheckpointError(
-        f"config.json says architectures={config.get('architectures')!r}, version={config.get('version')!r}, which is none of "
-        f"the families that this version of mcv knows: {', '.join(family.title for family in known)}"
+        f"config.json says architectures={shown(config.get('architectures'))}, version={shown(config.get('version'))}, which is"
+        f" none of the families that this version of mcv knows: {', '.join(family.title for family in known)}"
     )

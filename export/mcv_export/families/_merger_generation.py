@@ -29,7 +29,7 @@ from mcv_runtime.bundle.manifest import (
     TextSpec,
     VideoSpec,
 )
-from mcv_runtime.errors import CheckpointError
+from mcv_runtime.errors import CheckpointError, shown
 
 MERGE = {"16x": 4, "4x": 2}
 """Side of the square of patches behind a visual token."""
@@ -66,7 +66,7 @@ def plan(checkpoint: Checkpoint, traits: Traits) -> ModelPlan:
     decoder = _decoder(config, traits, tied=stored.tied)
     mode = cfg.string(cfg.Overlay(config, pictures), "downsample_mode", traits.downsample_mode)
     if mode not in MERGE:
-        raise CheckpointError(f"config has downsample_mode={mode!r}, which is none of {', '.join(MERGE)}")
+        raise CheckpointError(f"config has downsample_mode={shown(mode)}, which is none of {', '.join(MERGE)}")
     # The default mode has the plain name, so that a bundle looks like any other.
     names = {m: cast(GraphName, "vision_encoder" if m == mode else f"vision_encoder_{m}") for m in MERGE}
     template = texts.chat_template(checkpoint, asked="processor")
@@ -142,14 +142,16 @@ def _vision(config: Mapping[str, Any]) -> tuple[SiglipConfig, int]:
     merge_after = cfg.integer(config, "insert_layer_id", 6, least=0)
     cfg.expect(vision, "insert_layer_id", merge_after)  # a copy, where transformers saved it
     if merge_after >= tower.num_layers:
-        raise CheckpointError(f"config has insert_layer_id={merge_after!r}, but the tower has {tower.num_layers} layers")
+        raise CheckpointError(f"config has insert_layer_id={shown(merge_after)}, but the tower has {tower.num_layers} layers")
     return tower, merge_after
 
 
 def _decoder(config: Mapping[str, Any], traits: Traits, *, tied: bool) -> HybridConfig:
     text = cfg.section(config, "text_config")
     if (kind := text.get("model_type", "qwen3_5_text")) != "qwen3_5_text":
-        raise CheckpointError(f"the language model is {kind!r}; of this family mcv knows the dense ones (qwen3_5_text) only")
+        raise CheckpointError(
+            f"the language model is {shown(kind)}; of this family mcv knows the dense ones (qwen3_5_text) only"
+        )
     cfg.expect(text, "hidden_act", "silu", "swish")
     cfg.expect(text, "attn_output_gate", True)
     head_dim, layer_kinds = cfg.integer(text, "head_dim"), _layer_kinds(text)
@@ -190,11 +192,11 @@ def _layer_kinds(text: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     count, interval = cfg.integer(text, "num_hidden_layers"), cfg.integer(text, "full_attention_interval", 4)
     kinds = text.get("layer_types") or ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(count)]
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-        raise CheckpointError(f"config has layer_types={cfg.shown(kinds)}, which is not a list of names")
+        raise CheckpointError(f"config has layer_types={shown(kinds)}, which is not a list of names")
     if len(kinds) != count:
         raise CheckpointError(f"config has {len(kinds)} layer_types for num_hidden_layers={count}")
     if unknown := set(kinds) - {"linear_attention", "full_attention"}:
-        raise CheckpointError(f"config has {unknown.pop()!r} among its layer_types, which this family has not")
+        raise CheckpointError(f"config has {shown(unknown.pop())} among its layer_types, which this family has not")
     return tuple(kinds)
 
 
@@ -247,5 +249,5 @@ def _video(checkpoint: Checkpoint, image: ImageSpec) -> VideoSpec:
 def _upsize(pictures: Mapping[str, Any]) -> SmallImageUpsize:
     value = cfg.string(pictures, "small_image_upsize", "always")
     if value not in ("always", "never", "adaptive"):
-        raise CheckpointError(f"config has small_image_upsize={value!r}, which is none of always, never, adaptive")
+        raise CheckpointError(f"config has small_image_upsize={shown(value)}, which is none of always, never, adaptive")
     return cast(SmallImageUpsize, value)

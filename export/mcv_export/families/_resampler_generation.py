@@ -17,7 +17,7 @@ from mcv_graphs.decoder import Decoder, DecoderConfig, rotary_tables
 from mcv_graphs.resampler import Resampler, ResamplerConfig, TemporalResampler, position_frequencies, time_frequencies
 from mcv_graphs.siglip import SiglipConfig, SiglipTower
 from mcv_runtime.bundle.manifest import GenerationSpec, ImageSpec, PlaceholderSpec, TextSpec
-from mcv_runtime.errors import CheckpointError
+from mcv_runtime.errors import CheckpointError, shown
 
 _WRITTEN = {
     "token": ("unk", "<unk>"),
@@ -37,7 +37,7 @@ def tower_config(config: Mapping[str, Any]) -> SiglipConfig:
     vision = cfg.section(config, "vision_config")
     gelu = cfg.string(vision, "hidden_act", "gelu_pytorch_tanh")
     if gelu not in _GELU:
-        raise CheckpointError(f"config has vision_config.hidden_act={gelu!r}; mcv knows {', '.join(_GELU)}")
+        raise CheckpointError(f"config has vision_config.hidden_act={shown(gelu)}; mcv knows {', '.join(_GELU)}")
     cfg.expect(vision, "num_channels", 3)
     patch_size = cfg.integer(vision, "patch_size")
     return SiglipConfig(
@@ -117,7 +117,7 @@ def _windows(config: Mapping[str, Any], layers: int, sliding: bool) -> tuple[fro
     if len(kinds) != layers:
         raise CheckpointError(f"config has {len(kinds)} layer_types for num_hidden_layers={layers}")
     if unknown := set(kinds) - {"full_attention", *(["sliding_attention"] if on else [])}:
-        raise CheckpointError(f"config has {unknown.pop()!r} among its layer_types, which this family has not")
+        raise CheckpointError(f"config has {shown(unknown.pop())} among its layer_types, which this family has not")
     return frozenset(kinds), window if "sliding_attention" in kinds else None
 
 

@@ -16,7 +16,7 @@ from mcv_export.families import _resampler_generation as parts
 from mcv_export.plan import Description, Family, GraphPlan, ModelPlan, Part, same
 from mcv_graphs.contract import resized_vision_encoder_io
 from mcv_graphs.siglip import ResizedSiglipTower, SiglipConfig
-from mcv_runtime.errors import CheckpointError
+from mcv_runtime.errors import CheckpointError, shown
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ {'user': '<用户>', 'assistant': '<AI>'}.get(message['role'], '') + message['content'] }}"
@@ -64,7 +64,7 @@ def _tower_config(checkpoint: Checkpoint) -> SiglipConfig:
     name = str(checkpoint.config["vision_encoder"])
     match = _TIMM_NAME.fullmatch(name)
     if not match:
-        raise CheckpointError(f"config has vision_encoder={name!r}, which is not vit_so400m_patch14_siglip_384")
+        raise CheckpointError(f"config has vision_encoder={shown(name)}, which is not vit_so400m_patch14_siglip_384")
     patch_size, side = int(match[1]), int(match[2])
     blocks = {int(found[1]) for found in (re.match(r"vpm\.blocks\.(\d+)\.", tensor) for tensor in checkpoint.tensors) if found}
     if not blocks:

@@ -45,7 +45,7 @@ class Bundle:
     def graph(self, name: GraphName) -> Path:
         """Where a graph's `.onnx` file is."""
         if name not in self.manifest.graphs:
-            raise _damaged(f"{FILE_NAME} names no graph {name!r}")
+            raise _damaged(f"{FILE_NAME} names no graph {shown(name)}")
         return self.path(self.manifest.graphs[name].file)
 
     def path(self, name: str) -> Path:

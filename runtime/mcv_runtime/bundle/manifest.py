@@ -135,7 +135,7 @@ class ImageSpec:
         if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
             raise BundleCorruptError("image mean and std must have three values each, and std none of 0")
         if self.downsample_mode not in (self.downsample or [None]):
-            raise BundleCorruptError(f"downsample_mode={self.downsample_mode!r} is none of {', '.join(self.downsample)}")
+            raise BundleCorruptError(f"downsample_mode={shown(self.downsample_mode)} is none of {', '.join(self.downsample)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,5 +94,5 @@ def _parse_object(kind: Any, value: Any, where: str) -> Any:
         raise BundleCorruptError(f"{where} has the unknown key {shown(name)}; is the bundle newer than this runtime?")
     for name, f in fields.items():
         if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise BundleCorruptError(f"{where} lacks the key {name!r}")
+            raise BundleCorruptError(f"{where} lacks the key {shown(name)}")
     return kind(**{name: parse(hints[name], item, f"{where}: {name}") for name, item in value.items()})

@@ -14,7 +14,7 @@ import numpy as np
 
 from mcv_runtime.choosing.constraints import Constraint
 from mcv_runtime.choosing.sampling import likeliest, penalised
-from mcv_runtime.errors import OptionError
+from mcv_runtime.errors import OptionError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -82,7 +82,7 @@ def beam_search(
     if num_beams < 1:
         raise OptionError(f"num_beams must be at least 1, not {num_beams}")
     if early_stopping not in (True, False, "never"):
-        raise OptionError(f'early_stopping must be True, False or "never", not {early_stopping!r}')
+        raise OptionError(f'early_stopping must be True, False or "never", not {shown(early_stopping)}')
     if not 1 <= num_return_sequences <= num_beams:
         raise OptionError(f"num_return_sequences must be from 1 to num_beams={num_beams}, not {num_return_sequences}")
     width = max(2, 1 + len(stop)) * num_beams  # so that enough unfinished ones are among them

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mcv_runtime.errors import OptionError
+from mcv_runtime.errors import OptionError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,7 +59,9 @@ class Sampling:
             raise OptionError(f"frequency_penalty must be from -1e6 to 1e6, not {self.frequency_penalty}")
         for token, bias in self.logit_bias.items():
             if not _is_number(token, Integral) or token < 0 or not _is_number(bias, Real) or not -1e6 <= bias <= 1e6:
-                raise OptionError(f"logit_bias gives numbers from -1e6 to 1e6 by token id, not {bias!r} for {token!r}")
+                raise OptionError(
+                    f"logit_bias gives numbers from -1e6 to 1e6 by token id, not {shown(bias)} for {shown(token)}"
+                )
         if self.seed is not None and self.seed < 0:
             raise OptionError(f"seed must be at least 0, not {self.seed}")
 

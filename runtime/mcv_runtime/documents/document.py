@@ -12,7 +12,7 @@ from PIL import Image
 from mcv_runtime.documents.page_numbers import PageNumbers, check_page_numbers, chosen_pages
 from mcv_runtime.documents.pdf import PdfLeaves, begins_as_pdf
 from mcv_runtime.documents.picture_leaves import PictureLeaves
-from mcv_runtime.errors import ImageError, OptionError
+from mcv_runtime.errors import ImageError, OptionError, shown
 from mcv_runtime.pictures.images import MAX_PIXELS, describe, open_local
 from mcv_runtime.pictures.slicing import Size
 
@@ -53,7 +53,7 @@ class Document:
         if not isinstance(self.source, str | os.PathLike | bytes):
             raise ImageError(f"{self.name} is no document: give a path or bytes")
         if isinstance(self.dpi, bool) or not isinstance(self.dpi, int | float) or not 1 <= self.dpi <= MAX_DPI:
-            raise OptionError(f"dpi must be a number from 1 to {MAX_DPI:g}, not {self.dpi!r}")
+            raise OptionError(f"dpi must be a number from 1 to {MAX_DPI:g}, not {shown(self.dpi)}")
         check_page_numbers(self.pages)
 
     @property

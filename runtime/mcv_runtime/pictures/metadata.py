@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from mcv_runtime.errors import ImageError
+from mcv_runtime.errors import ImageError, shown
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
@@ -61,7 +61,7 @@ def bare_png(data: bytes, name: str) -> Bare:
                 raise ImageError(f"{name} cannot be decoded: its chunk {kind.decode()} is damaged")
             kept.append(chunk)  # of a file that was cut off, as much as there is: the decoder says if pixels are missing
         elif kind[:1].isupper():
-            raise ImageError(f"{name} is no standard PNG: it needs a chunk {kind!r}; save it again with another program")
+            raise ImageError(f"{name} is no standard PNG: it needs a chunk {shown(kind)}; save it again with another program")
         elif kind == b"eXIf" and whole:
             exif = chunk[8:-4]
         elif kind == b"acTL":

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mcv_runtime.bundle.manifest import ImageSpec, SmallImageUpsize
-from mcv_runtime.errors import ImageError, OptionError
+from mcv_runtime.errors import ImageError, OptionError, shown
 from mcv_runtime.pictures.images import MAX_PIXELS, ImageSource, describe, open_picture
 from mcv_runtime.pictures.patches import cut
 from mcv_runtime.pictures.slicing import Size, SliceGrid, adaptive_grid
@@ -136,7 +136,7 @@ def picture_grid(
     mode = image.downsample_mode if downsample_mode is None else downsample_mode
     if mode is not None and mode not in image.downsample:
         known = ", ".join(image.downsample) or "no such choice"
-        raise OptionError(f"downsample_mode={mode!r}: this model has {known}")
+        raise OptionError(f"downsample_mode={shown(mode)}: this model has {known}")
     unit = None if mode is None else image.downsample[mode].merge * image.patch_size
     return adaptive_grid(size, image, max_slice_nums, unit)
 

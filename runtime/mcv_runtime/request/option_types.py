@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from mcv_runtime.errors import OptionError
+from mcv_runtime.errors import OptionError, shown
 
 _NAMES: dict[Any, str] = {
     int: "a whole number",
@@ -71,7 +71,7 @@ def check_names(given: Iterable[str], kind: type) -> None:
         if name not in known:
             meant = _ELSEWHERE.get(name, name)
             near = [meant] if meant in known else difflib.get_close_matches(str(meant), known, 1)
-            raise OptionError(f"there is no option {name!r} here" + (f"; did you mean {near[0]}?" if near else ""))
+            raise OptionError(f"there is no option {shown(name)} here" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 @cache

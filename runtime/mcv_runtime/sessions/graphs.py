@@ -15,7 +15,7 @@ import numpy as np
 
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName, TensorSpec
-from mcv_runtime.errors import BundleCorruptError, McvError, OptionError, ResourceError, RunError
+from mcv_runtime.errors import BundleCorruptError, McvError, OptionError, ResourceError, RunError, printable, shown
 from mcv_runtime.sessions.cores import default_threads
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ SessionFactory: TypeAlias = "Callable[[Path, ort.SessionOptions], Session]"
 MOST_THREADS = 1024
 _QUIET = 3
 """ONNX Runtime's severity "error"."""
+_LONGEST = 240
+"""Characters of what ONNX Runtime says, which repeats a stranger's names at any length."""
 
 
 def session_options(threads: int | None = None) -> ort.SessionOptions:
@@ -138,11 +140,13 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return printable((str(error).splitlines() or [type(error).__name__])[0][:_LONGEST])
 
 
 def feed(wanted: Mapping[str, TensorSpec], values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """The inputs that a graph wants, from what the runtime has to offer, in the graph's element types."""
     for name in wanted.keys() - values.keys():
-        raise BundleCorruptError(f"a graph wants the input {name!r}, which this runtime does not have; is the bundle newer?")
+        raise BundleCorruptError(
+            f"a graph wants the input {shown(name)}, which this runtime does not have; is the bundle newer?"
+        )
     return {name: np.asarray(values[name], dtype=spec.dtype, order="C") for name, spec in wanted.items()}

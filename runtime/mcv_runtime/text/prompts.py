@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import numpy as np
 
 from mcv_runtime.bundle.manifest import PlaceholderSpec, TextSpec
-from mcv_runtime.errors import BundleCorruptError, OptionError, PromptError
+from mcv_runtime.errors import BundleCorruptError, OptionError, PromptError, shown
 from mcv_runtime.pictures.slicing import ClipGrid, SliceGrid
 from mcv_runtime.text.canvas_positions import Crop, Markers, canvas_positions
 from mcv_runtime.text.grounding import MARKS, knows_marks
@@ -42,7 +42,7 @@ class Message(Generic[Picture]):
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise PromptError(f"a message has the role {self.role!r}; roles are {', '.join(ROLES)}")
+            raise PromptError(f"a message has the role {shown(self.role)}; roles are {', '.join(ROLES)}")
 
     @property
     def text(self) -> str:

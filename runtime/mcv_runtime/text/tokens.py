@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from mcv_runtime.errors import BundleCorruptError, PromptError, printable
+from mcv_runtime.errors import BundleCorruptError, PromptError, printable, shown
 from mcv_runtime.panics import no_panics
 
 _MOST_ID = 1 << 24
@@ -48,7 +48,7 @@ class TextTokenizer:
         """Id of a control token; raises `BundleCorruptError` if the tokenizer has none of that name."""
         number = self._tokenizer.token_to_id(token)
         if number is None:
-            raise BundleCorruptError(f"the manifest names the token {token!r}, which the tokenizer does not have")
+            raise BundleCorruptError(f"the manifest names the token {shown(token)}, which the tokenizer does not have")
         return int(number)
 
     @property
