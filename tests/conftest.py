@@ -10,6 +10,7 @@ Every run draws the same examples; `make fuzz` draws others.
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import importlib.util
 import json
@@ -260,13 +261,20 @@ def golden_root() -> Path:
 
 @pytest.fixture(scope="session")
 def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The bundle of a family's golden checkpoint, by default fp32, built once."""
+    """The bundle of a family's golden checkpoint, by default fp32, built once for all processes of a run; nobody changes it."""
     from mcv_export.build import BuildOptions, build
 
-    @cache
-    def make(family: str, precision: Any = "fp32") -> Path:
-        out = tmp_path_factory.mktemp(family) / "bundle"
-        return build(GOLDEN / family / "checkpoint", out, BuildOptions(precision=precision)).folder
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "bundles"
+    folder.mkdir(exist_ok=True)
+
+    def make(family: str, precision: str = "fp32") -> Path:
+        out = folder / f"{family}-{precision}"
+        with (folder / f"{out.name}.lock").open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            if not out.exists():
+                build(GOLDEN / family / "checkpoint", out, BuildOptions(precision=precision))
+        return out
 
     return make
 
