@@ -59,7 +59,7 @@ def write_graph(
     progress(graph.name, 0, total)
     needed, free = layout(model, module, storage.twins(graph, module))[1], shutil.disk_usage(path.parent).free
     if needed > free:
-        raise OutputError(f"no space left for {path.name}: it needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
+        raise OutputError(f"no space left for {path.name}: it needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free")
     file = path.with_name(f"{path.name}.data")
     offsets = write_weights(file, model, module, sources, graph, storage, pool, advance)
     ir.save(model, path)
