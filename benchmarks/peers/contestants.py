@@ -11,7 +11,8 @@ TEXT = ("text", "cold text")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contestant:
-    """`folder`: of its files, shared by those that name the same; `variant`: which of its builds."""
+    """`folder`: of its files, shared by those that name the same; `variant`: which of its builds; `loads`: what is in the names
+    of the files that this one loads into memory."""
 
     name: str
     environment: str
@@ -19,6 +20,7 @@ class Contestant:
     folder: str
     variant: str
     measures: tuple[str, ...]
+    loads: str = ""
     provider: str = "cpu"
 
 
@@ -29,6 +31,7 @@ CONTESTANTS = (
         worker="mcv_worker.py",
         folder="mcv",
         variant="default",
+        loads="default/",
         measures=(*TEXT, "vision", "cold picture"),
     ),
     Contestant(
@@ -37,6 +40,7 @@ CONTESTANTS = (
         worker="mcv_worker.py",
         folder="mcv",
         variant="block 128",
+        loads="block-128/",
         measures=(*TEXT, "cold picture"),
     ),
     Contestant(
@@ -45,6 +49,7 @@ CONTESTANTS = (
         worker="mcv_worker.py",
         folder="mcv",
         variant="pictures fp32",
+        loads="pictures-fp32/",
         measures=("vision",),
         provider="openvino",
     ),
@@ -70,6 +75,7 @@ CONTESTANTS = (
         worker="openvino_worker.py",
         folder="openvino",
         variant="int4",
+        loads="decoder/",
         measures=TEXT,
     ),
     Contestant(
@@ -78,6 +84,7 @@ CONTESTANTS = (
         worker="openvino_worker.py",
         folder="openvino",
         variant="genai",
+        loads="decoder/",
         measures=TEXT,
     ),
     Contestant(
@@ -94,6 +101,7 @@ CONTESTANTS = (
         worker="openvino_worker.py",
         folder="openvino",
         variant="tower int8",
+        loads="tower-int8",
         measures=("vision",),
     ),
     Contestant(
@@ -102,6 +110,7 @@ CONTESTANTS = (
         worker="genai_worker.py",
         folder="onnxruntime-genai",
         variant="int4",
+        loads="int4/",
         measures=TEXT,
     ),
     Contestant(

@@ -29,6 +29,7 @@ ENVIRONMENTS = {
             "openvino-genai==2026.4.1.0",
             "openvino-tokenizers==2026.4.1.0",
             "optimum-intel==2.2.0",
+            "transformers==5.2.0",  # the only one from which it exports Qwen3.5
             "nncf==3.4.0",
             TORCH,
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ def prepare(settings: dict[str, Any]) -> None:
     out = folder / "int4"
     if (out / "genai_config.json").exists():
         return
-    from onnxruntime_genai.models.builder import create_model
-
     source = hf_decoder.save(shape, checkpoint, folder / "hf")
     part = folder / "int4.part"
-    create_model("", str(source), str(part), "int4", "cpu", str(folder / "hub"), int4_accuracy_level=4)
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(part)]
+    done = subprocess.run([*builder, "-p", "int4", "-e", "cpu", "-c", str(folder / "hub")], stdout=sys.stderr)
+    if done.returncode:
+        sys.exit(done.returncode)  # the builder has said why
     part.rename(out)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,15 @@ def bundle(settings: dict[str, Any]) -> Path:
 
 
 def prepare(settings: dict[str, Any]) -> None:
-    import subprocess
-    import sys
-
     out = bundle(settings)
     if (out / "mcv.json").exists():
         return
     recipe = out.with_suffix(".recipe.json")
     recipe.write_text(json.dumps(RECIPES[settings["variant"]]), encoding="utf-8")
     command = [sys.executable, "-c", "from mcv_export.cli import main; main()", "build", settings["checkpoint"], str(out)]
-    subprocess.run([*command, "--recipe", str(recipe), "--json"], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([*command, "--recipe", str(recipe), "--json"], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        sys.exit(done.returncode)  # the command has said why
     if settings["variant"] == "pictures fp32":
         keep_slice(settings)
 

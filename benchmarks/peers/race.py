@@ -31,7 +31,7 @@ from PIL import Image
 from worker import FOLDER, Worker, WorkerError, run_once
 
 SLOW_S = 60
-"""Who takes longer for one measure takes part in the first round only."""
+"""Who takes longer for a measure once is not asked for it again."""
 SPARE_BYTES = 1 << 30
 
 
@@ -44,6 +44,7 @@ class Race:
         self.folder = self.cache / (arguments.shape or arguments.checkpoint.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint: Path = arguments.checkpoint or self.folder / "checkpoint"
+        self.slow: set[tuple[str, str]] = set()
         self.taking_part = [one for one in CONTESTANTS if not arguments.only or one.name in arguments.only]
         self.result: dict[str, Any] = {
             "checkpoint": f"{self.folder.name}, random weights",
@@ -102,7 +103,7 @@ class Race:
         workers: dict[str, Worker] = {}
         try:
             for one in list(self.taking_part):
-                if (free := free_memory()) < size_of(self.folder / one.folder, one.variant) + SPARE_BYTES:
+                if (free := free_memory()) < loaded_bytes(self.folder / one.folder, one.loads) + SPARE_BYTES:
                     self.leave_out(one, f"{free >> 20:,} MB of free memory are too few beside the others")
                     continue
                 say(f"loading {one.name}")
@@ -127,14 +128,16 @@ class Race:
     def measure(self, one: Contestant, worker: Worker, number: int) -> None:
         for measure in ("text", "vision"):
             samples = self.samples(one, measure)
-            slow = any(sum(sample.values()) > SLOW_S for sample in samples)
-            if measure not in one.measures or len(samples) > number or slow:
+            if measure not in one.measures or len(samples) > number or (one.name, measure) in self.slow:
                 continue
+            begun = time.monotonic()
             try:
                 samples.append({name: round(value, 4) for name, value in worker.ask(measure).items()})
             except WorkerError as error:
                 self.leave_out(one, error)
                 return
+            if time.monotonic() - begun > SLOW_S:
+                self.slow.add((one.name, measure))
             say(f"round {number + 1}, {one.name}: {samples[-1]}")
             self.write()
 
@@ -222,12 +225,10 @@ def free_memory() -> int:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def size_of(folder: Path, variant: str) -> int:
-    """Bytes of the largest set of files that one variant may load: those of its name, or all."""
-    name = variant.replace(" ", "-")
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".part", ".log")]
-    own = [path for path in files if name in str(path.relative_to(folder))]
-    return sum(path.stat().st_size for path in own)
+def loaded_bytes(folder: Path, loads: str) -> int:
+    """Bytes of the files of a peer that it loads; what it maps, or makes, is none of them."""
+    files = [path for path in folder.rglob("*") if path.is_file() and loads and loads in str(path.relative_to(folder))]
+    return sum(path.stat().st_size for path in files)
 
 
 def say(line: str) -> None:
