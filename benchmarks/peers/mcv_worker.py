@@ -25,19 +25,19 @@ def bundle(settings: dict[str, Any]) -> Path:
 
 def prepare(settings: dict[str, Any]) -> None:
     out = bundle(settings)
-    if (out / "mcv.json").exists():
-        return
-    recipe = out.with_suffix(".recipe.json")
-    recipe.write_text(json.dumps(RECIPES[settings["variant"]]), encoding="utf-8")
-    command = [sys.executable, "-c", "from mcv_export.cli import main; main()", "build", settings["checkpoint"], str(out)]
-    done = subprocess.run([*command, "--recipe", str(recipe), "--json"], stdout=subprocess.DEVNULL)
-    if done.returncode:
-        sys.exit(done.returncode)  # the command has said why
-    if settings["variant"] == "pictures fp32":
-        keep_slice(settings)
+    if not (out / "mcv.json").exists():
+        recipe = out.with_suffix(".recipe.json")
+        recipe.write_text(json.dumps(RECIPES[settings["variant"]]), encoding="utf-8")
+        command = [sys.executable, "-c", "from mcv_export.cli import main; main()", "build", settings["checkpoint"], str(out)]
+        done = subprocess.run([*command, "--recipe", str(recipe), "--json"], stdout=subprocess.DEVNULL)
+        if done.returncode:
+            sys.exit(done.returncode)  # the command has said why
+    kept = out.with_suffix(".slice.npz")
+    if settings["variant"] == "pictures fp32" and not kept.exists():
+        keep_slice(settings, kept)
 
 
-def keep_slice(settings: dict[str, Any]) -> None:
+def keep_slice(settings: dict[str, Any], out: Path) -> None:
     """Keep what one slice feeds to the graphs, for peers that run them without this project."""
     fed: dict[str, Any] = {}
 
@@ -55,7 +55,7 @@ def keep_slice(settings: dict[str, Any]) -> None:
 
     peer = Mcv(settings, recording)
     peer.look()
-    np.savez(bundle(settings).with_suffix(".slice.npz"), **fed)
+    np.savez(out, **fed)
 
 
 class Mcv:

@@ -1,7 +1,7 @@
 """OpenVINO for the graphs that encode pictures; the decoder, whose cache is bound where it lies, stays with ONNX Runtime.
 
-Needs the package `openvino` (`pip install "minicpmv-onnx[openvino]"`), which runs on processors of any vendor. It computes in
-the floats of the graph: 8-bit weights are made floats in each product, and 8-bit activations are no faster than that.
+Needs the package `openvino` (`pip install "minicpmv-onnx[openvino]"`), which runs on processors of any vendor, and reads what
+bundles hold in every precision: floats as they are, 4- and 8-bit weights, 8-bit activations with ranges of any kind.
 """
 
 from __future__ import annotations
@@ -67,10 +67,7 @@ def openvino_session(provider: str) -> SessionFactory:
         except RuntimeError as error:
             if not path.is_file():
                 raise
-            raise OptionError(
-                f"OpenVINO does not run {path.name}: {_reason(error)}; build the bundle with `--vision q8 --resampler q8`, "
-                "or leave provider out"
-            ) from error
+            raise OptionError(f"OpenVINO does not run {path.name}: {_reason(error)}; leave provider out") from error
 
     return open_there
 
