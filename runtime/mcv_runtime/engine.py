@@ -130,9 +130,7 @@ def load(
         raise OptionError(f"session_options must be an onnxruntime.SessionOptions, not {type(session_options).__name__}")
     if session_factory is not None and provider != CPU:
         raise OptionError(f"provider={provider!r} is for the session factory that was given to choose; leave one of them out")
-    factory, towers = (
-        (provider_session(provider), tower_session(provider)) if session_factory is None else (session_factory, None)
-    )
+    factory, towers = session_factory or provider_session(provider), session_factory or tower_session(provider)
     memory = _memory(memory_mb)
     check_machine(manifest.needs)
     decoder_graph = _decoder_graph(manifest, kv)
