@@ -43,7 +43,7 @@ from mcv_runtime.sessions.graphs import session_options as default_session_optio
 from mcv_runtime.sessions.machine import check_machine
 from mcv_runtime.sessions.memory import machine_memory
 from mcv_runtime.sessions.profile import Profile, find_profile
-from mcv_runtime.sessions.providers import CPU, device_of, provider_session
+from mcv_runtime.sessions.providers import CPU, device_of, provider_session, tower_session
 from mcv_runtime.text.prompts import Prompt, PromptBuilder
 from mcv_runtime.text.template import ChatTemplate
 from mcv_runtime.text.tokens import TextTokenizer
@@ -91,8 +91,8 @@ def load(
     or the decoder open, never both; `kv` `int8` keeps keys and values in a quarter of the memory, if the bundle has a graph for
     it. What of `threads`, `batch_slices` and `kv` is left out, and in which pieces a prompt is read, is as `mcv-run tune` found
     it fastest here, unless `tuned` is false or the next three say something. `provider` is what of ONNX Runtime computes
-    (`cpu`, `cuda`, `openvino`, ...); `session_options` and `session_factory` replace how its sessions are made. Raises
-    `BundleError`, `BundleCorruptError`, `MachineError` or `OptionError`.
+    (`cpu`, `cuda`, ...), or `openvino` or `openvino-bf16`, which are for pictures only; `session_options` and `session_factory`
+    replace how its sessions are made. Raises `BundleError`, `BundleCorruptError`, `MachineError` or `OptionError`.
     """
     start = time.perf_counter()
     for name, value, kind in (
@@ -130,11 +130,11 @@ def load(
         raise OptionError(f"session_options must be an onnxruntime.SessionOptions, not {type(session_options).__name__}")
     if session_factory is not None and provider != CPU:
         raise OptionError(f"provider={provider!r} is for the session factory that was given to choose; leave one of them out")
-    factory = provider_session(provider) if session_factory is None else session_factory
+    factory, towers = session_factory or provider_session(provider), session_factory or tower_session(provider)
     memory = _memory(memory_mb)
     check_machine(manifest.needs)
     decoder_graph = _decoder_graph(manifest, kv)
-    sessions = (AlternatingSessions if low_memory else GraphSessions)(opened, chosen, factory)
+    sessions = (AlternatingSessions if low_memory else GraphSessions)(opened, chosen, factory, towers)
     if not low_memory:  # now, so that a graph that cannot be used is found at once
         for graph in ("vision_encoder", manifest.compressor, decoder_graph):
             sessions(graph)

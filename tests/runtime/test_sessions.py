@@ -179,9 +179,9 @@ def test_a_provider_gets_the_graphs_with_the_cpu_behind_it(monkeypatch, golden_b
             return asked[-1]
 
     monkeypatch.setattr(ort, "InferenceSession", Session)
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["OpenVINOExecutionProvider", "CPUExecutionProvider"])
-    assert load(golden_bundle, provider="openvino").ask(None, "Hello", max_new_tokens=2).tokens
-    assert asked == [["OpenVINOExecutionProvider", "CPUExecutionProvider"]] * 3
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["XnnpackExecutionProvider", "CPUExecutionProvider"])
+    assert load(golden_bundle, provider="xnnpack").ask(None, "Hello", max_new_tokens=2).tokens
+    assert asked == [["XnnpackExecutionProvider", "CPUExecutionProvider"]] * 3
 
 
 def test_threads_and_options_exclude_each_other(golden_bundle):

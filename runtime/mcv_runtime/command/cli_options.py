@@ -121,7 +121,7 @@ Kv: TypeAlias = Annotated[
 ]
 Provider: TypeAlias = Annotated[
     str | None,
-    _option("--provider", help="What of ONNX Runtime computes: cpu, cuda, openvino, ...", panel=MACHINE),
+    _option("--provider", help="What computes: cpu, cuda, ... of ONNX Runtime; openvino: pictures.", panel=MACHINE),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName
-from mcv_runtime.sessions.graphs import GraphSessions, Session, SessionFactory
+from mcv_runtime.sessions.graphs import GraphSessions, Session, SessionFactory, is_decoder
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -19,17 +19,15 @@ class AlternatingSessions(GraphSessions):
     A session is asked for before every run, and not held on to; one thread at a time may do so.
     """
 
-    def __init__(self, bundle: Bundle, options: ort.SessionOptions, factory: SessionFactory) -> None:
-        super().__init__(bundle, options, factory)
+    def __init__(
+        self, bundle: Bundle, options: ort.SessionOptions, factory: SessionFactory, towers: SessionFactory | None = None
+    ) -> None:
+        super().__init__(bundle, options, factory, towers)
         self.before_closing: Callable[[], None] = lambda: None
         """Called before sessions are closed: who holds on to one lets go."""
 
     def __call__(self, name: GraphName) -> Session:
-        if any(_is_decoder(name) != _is_decoder(other) for other in self._opened):
+        if any(is_decoder(name) != is_decoder(other) for other in self._opened):
             self.before_closing()
             self._opened.clear()  # before the other side is opened
         return super().__call__(name)
-
-
-def _is_decoder(name: GraphName) -> bool:
-    return name.startswith("decoder")

@@ -101,8 +101,12 @@ class GuardedSession:
 class GraphSessions:
     """Opens each graph of a bundle once, when it is first asked for; threads may share it."""
 
-    def __init__(self, bundle: Bundle, options: ort.SessionOptions, factory: SessionFactory) -> None:
-        self._bundle, self._options, self._factory = bundle, options, factory
+    def __init__(
+        self, bundle: Bundle, options: ort.SessionOptions, factory: SessionFactory, towers: SessionFactory | None = None
+    ) -> None:
+        """`towers` is the factory of graphs that encode pictures; None: the same as the decoder's."""
+        self._bundle, self._options = bundle, options
+        self._decoders, self._towers = factory, towers or factory
         self._opened: dict[GraphName, Session] = {}
         self._lock = threading.Lock()
 
@@ -118,7 +122,12 @@ class GraphSessions:
             self._opened.clear()
 
     def _open(self, name: GraphName) -> Session:
-        return GuardedSession(open_session(self._bundle.graph(name), self._options, self._factory), name)
+        factory = self._decoders if is_decoder(name) else self._towers
+        return GuardedSession(open_session(self._bundle.graph(name), self._options, factory), name)
+
+
+def is_decoder(name: GraphName) -> bool:
+    return name.startswith("decoder")
 
 
 @contextmanager

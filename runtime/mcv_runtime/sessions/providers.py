@@ -1,4 +1,4 @@
-"""Choose what of ONNX Runtime does the computing, by a short name."""
+"""Choose what does the computing, by a short name: a provider of ONNX Runtime, or OpenVINO for the towers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ from typing import Any
 
 from mcv_runtime.errors import OptionError
 from mcv_runtime.sessions.graphs import Session, SessionFactory, cpu_session
+from mcv_runtime.sessions.openvino_towers import TOWERS, openvino_session
 
 _SUFFIX = "ExecutionProvider"
 CPU = "cpu"
 _DEVICES = {"cuda": "cuda", "tensorrt": "cuda", "rocm": "cuda", "migraphx": "cuda", "dml": "dml", "cann": "cann"}
 
 
+def tower_session(provider: str = CPU) -> SessionFactory:
+    """The session factory of a provider for graphs that encode pictures; raises like `provider_session`."""
+    wanted = provider.strip().lower()
+    return openvino_session(wanted) if wanted in TOWERS else provider_session(provider)
+
+
 def provider_session(provider: str = CPU) -> SessionFactory:
-    """The session factory of a provider, `cpu`, `cuda`, `openvino` and so on; what it cannot do, the CPU does.
+    """The session factory of a provider, `cpu`, `cuda` and so on, for the decoder; what it cannot do, the CPU does.
 
     Raises `OptionError` if the installed ONNX Runtime has no such provider, or when a session is opened and it does not start.
     """
     import onnxruntime as ort
 
     wanted = provider.strip().lower()
+    if wanted in TOWERS:
+        return cpu_session
     installed = {_short(name): name for name in ort.get_available_providers()}
     if wanted not in installed:
         known = {_short(name) for name in ort.get_all_providers()} | installed.keys()
