@@ -143,7 +143,7 @@ def load(
         sessions,
         manifest,
         cache=PictureCache(int(memory * _PICTURES) if reuse else 0, store),
-        identity=vision_identity(opened),
+        identity=vision_identity(opened, provider),
         batch_slices=batch_slices,
         memory_bytes=int(memory * _SLICES),
     )

@@ -131,15 +131,16 @@ def test_identity_of_graphs(golden_bundle, bundle_of, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(golden_bundle, copy)
     manifest = json.loads((copy / "mcv.json").read_text())
-    known = vision_identity(Bundle.open(copy))
-    assert known == vision_identity(Bundle.open(golden_bundle))
-    assert known != vision_identity(Bundle.open(bundle_of("minicpmv2_6", "q8")))
-    assert known == vision_identity(Bundle.open(golden_bundle))
+    known = vision_identity(Bundle.open(copy), "cpu")
+    assert known == vision_identity(Bundle.open(golden_bundle), "cpu")
+    assert known != vision_identity(Bundle.open(bundle_of("minicpmv2_6", "q8")), "cpu")
+    assert known != vision_identity(Bundle.open(golden_bundle), "openvino-bf16")
+    assert known == vision_identity(Bundle.open(golden_bundle), "cpu")
     data = next(copy.glob("onnx/vision_encoder*.data"))
     data.write_bytes(data.read_bytes()[:-1] + b"x")
     manifest["files"][data.relative_to(copy).as_posix()]["sha256"] = hashlib.sha256(data.read_bytes()).hexdigest()
     (copy / "mcv.json").write_text(json.dumps(manifest))
-    assert vision_identity(Bundle.open(copy)) != known
+    assert vision_identity(Bundle.open(copy), "cpu") != known
 
 
 def test_on_disk_for_the_next_process(golden_bundle, tmp_path):

@@ -73,10 +73,10 @@ class PictureCache:
             self.nbytes -= self._kept.popitem(last=False)[1].nbytes
 
 
-def vision_identity(bundle: Bundle) -> str:
-    """What tells graphs apart that encode pictures differently: a sha256 over their files and how pixels are prepared."""
+def vision_identity(bundle: Bundle, provider: str) -> str:
+    """What tells apart who encodes pictures differently: a sha256 over graphs, how pixels are prepared and what computes."""
     manifest = bundle.manifest
     graphs = [graph.file for name, graph in manifest.graphs.items() if not name.startswith("decoder")]
     digests = {name: file.sha256 for name, file in manifest.files.items() if name.startswith(tuple(graphs))}  # with weights
-    described = json.dumps([asdict(manifest.image), digests], sort_keys=True)
+    described = json.dumps([asdict(manifest.image), digests, provider.strip().lower()], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
