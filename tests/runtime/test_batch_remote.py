@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from mcv_runtime import OptionError, Options, load
-from mcv_runtime.batch import remote
+from mcv_runtime.batch import remote, remote_output
 from mcv_runtime.batch.remote import RemoteFile, fetched_folders, place_of
 from mcv_runtime.batch.rows import Defaults, Paging, fetched
 from mcv_runtime.batch.sources import batch_source
@@ -113,6 +113,21 @@ def test_a_table_of_a_store_and_pages_of_its_documents(store, engine, tmp_path):
     put(store, "in/rows.parquet", b"no table")
     with pytest.raises(OptionError, match="no Parquet"):
         run(engine, "memory://in/rows.parquet", "memory://out/answers.parquet")
+
+
+def test_the_store_has_answers_before_all_are_there(store, engine, monkeypatch):
+    monkeypatch.setattr(remote_output, "_EVERY_S", 0.0)
+    put(store, "in/rows.jsonl", [{"prompt": TEXT, "id": number, "max_new_tokens": 1} for number in range(3)])
+    there, real = [], type(store).put_file
+
+    def noted(self, file, path, **more):
+        real(self, file, path, **more)
+        there.append((path, len(lines(store, path)) if path.endswith(".rows") else None))
+
+    monkeypatch.setattr(type(store), "put_file", noted)
+    assert run(engine, "memory://in/rows.jsonl", "memory://out.parquet")[0] == 0
+    assert there == [("out.parquet.rows", 1), ("out.parquet.rows", 2), ("out.parquet.rows", 3), ("out.parquet", None)]
+    assert store.find("") == ["/in/rows.jsonl", "/out.parquet"]
 
 
 @pytest.mark.parametrize("name", ["answers.jsonl", "answers.parquet"])

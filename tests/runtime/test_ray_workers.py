@@ -10,12 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from mcv_runtime import Document, OptionError, Options, Request, Video
+from mcv_runtime import Document, OptionError, Options, Request, RunError, Video
 from mcv_runtime.batch.rows import BatchRow
 from mcv_runtime.distributed import ray_workers
 from mcv_runtime.distributed.ray_workers import RayWorkers
 
 DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
+
+
+class RayError(Exception):
+    """What Ray says of a worker that is gone."""
 
 
 class FakeRay:
@@ -24,9 +28,9 @@ class FakeRay:
     def __init__(self, dies=lambda worker, prompts: False, cpus=8):
         self.dies, self.cpus, self.made, self.given = dies, cpus, [], []
         self.exceptions = SimpleNamespace(
-            **{name: type(name, (Exception,), {}) for name in ("RayError", "ObjectLostError", "OutOfMemoryError")},
+            RayError=RayError,
+            **{name: type(name, (RayError,), {}) for name in ("LocalRayletDiedError", "RaySystemError", "RayTaskError")},
         )
-        self.exceptions.RayActorError = type("RayActorError", (self.exceptions.RayError,), {})
 
     def is_initialized(self):
         return True
@@ -51,7 +55,7 @@ class FakeRay:
         prompts = [pickle.loads(pickle.dumps(one)).prompt for one in requests]
         if not worker.alive or self.dies(worker.number, prompts):
             worker.alive = False
-            raise self.exceptions.RayActorError("gone")
+            raise RayError("gone")
         return [{"answer": prompt} for prompt in prompts]
 
     def get(self, one):
@@ -106,6 +110,17 @@ def test_a_row_that_kills_whoever_answers_it_is_an_error_and_no_other_is(monkeyp
         found = answers(workers, 20)
     assert "4 workers have died" in found.pop(7)
     assert found == [{"answer": f"row {at}"} for at in range(20) if at != 7]
+
+
+def test_a_cluster_that_is_gone_ends_the_batch_in_one_line(monkeypatch):
+    ray = FakeRay()
+
+    def gone(worker, prompts):
+        raise ray.exceptions.LocalRayletDiedError("at some place\nno raylet")
+
+    ray.dies = gone
+    with workers_of(monkeypatch, ray) as workers, pytest.raises(RunError, match=r"gone \(no raylet\); the same command"):
+        answers(workers, 4)
 
 
 def test_what_cannot_be_is_said_before_any_row(monkeypatch):

@@ -1,7 +1,8 @@
 """The answers of a batch in a store, which can add nothing to a file.
 
-They are written on this machine, as those of any batch, and go to the store when all are there; or when the batch is stopped,
-so that any machine goes on from there. After a kill this machine goes on from what it has itself, which then is what counts.
+They are written on this machine, as those of any batch, and go to the store every ten minutes, when the batch is stopped, and
+when all are there, so that any machine goes on from there. After a kill this machine goes on from what it has itself, which
+then is what counts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +23,8 @@ from mcv_runtime.batch.rows import BatchRow
 from mcv_runtime.bundle.checked import cache_folder
 from mcv_runtime.errors import McvError, OutputError
 from mcv_runtime.locks import try_lock
+
+_EVERY_S = 600.0
 
 
 class RemoteOutput:
@@ -34,6 +39,7 @@ class RemoteOutput:
         self._local = self._folder / "answers" / to.name
         self._output = local_output(self._local)
         self._finished = False
+        self._sent = time.monotonic()
 
     @property
     def kept(self) -> int:
@@ -80,8 +86,12 @@ class RemoteOutput:
         return self._output.earlier(row)
 
     def write(self, answer: dict[str, Any]) -> None:
-        """Write the next row's answer; when this returns, it outlives this process."""
+        """Write the next row's answer; when this returns, it outlives this process, and within minutes this machine."""
         self._output.write(answer)
+        if time.monotonic() - self._sent >= _EVERY_S:
+            self._sent = time.monotonic()
+            with suppress(McvError):  # said at the end, if it is still so
+                self._upload()
 
     def finish(self) -> None:
         """All rows are written."""

@@ -16,7 +16,7 @@ from mcv_runtime.batch.rows import BatchRow
 from mcv_runtime.distributed.answering import answered
 from mcv_runtime.documents.document import Document, Page
 from mcv_runtime.engine import load
-from mcv_runtime.errors import McvError, OptionError
+from mcv_runtime.errors import McvError, OptionError, RunError
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.request import Request
 
@@ -82,7 +82,7 @@ class RayWorkers:
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         threads = load_options.get("threads") or min([THREADS, *(cpus for cpus in nodes if cpus)])
         count = workers or max(sum(cpus // threads for cpus in nodes), 1)
-        if not any(cpus >= threads for cpus in nodes):
+        if address is None and max(nodes) < threads:  # another cluster may grow
             raise OptionError(f"no machine of the cluster has {threads} CPUs for a worker; give fewer --threads")
         # nothing is done again by Ray itself: this is where it is known what is to be done again
         kind = ray.remote(num_cpus=threads, max_restarts=0, max_task_retries=0, max_concurrency=_AT_A_WORKER)(_Worker)
@@ -136,7 +136,7 @@ class RayWorkers:
         try:
             identity, refused, self.threads = ray.get(self._workers[0].identity.remote())
         except ray.exceptions.RayError as error:
-            raise OptionError(f"a worker cannot be started: {str(error).strip().splitlines()[-1]}") from None
+            raise OptionError(f"a worker cannot be started: {_last_line(error)}") from None
         if refused or identity != model:
             raise OptionError(f"a worker cannot use the bundle: {refused or 'it has another one at this path'}")
 
@@ -164,12 +164,14 @@ class RayWorkers:
         try:
             for one, found in zip(chunk, ray.get(done), strict=True):
                 one.found = found
-        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError):
+        except ray.exceptions.RayTaskError as error:  # a row's own errors are fields
+            for one in chunk:
+                one.found = _last_line(error)
+        except (ray.exceptions.LocalRayletDiedError, ray.exceptions.RaySystemError) as error:
+            raise RunError(f"the Ray cluster is gone ({_last_line(error)}); the same command goes on from there") from None
+        except ray.exceptions.RayError:  # the worker's end, its machine's, or that of what it had answered
             self._replace(place)
             self._ask_again(chunk)
-        except ray.exceptions.RayError as error:  # a row's own errors are fields
-            for one in chunk:
-                one.found = str(error).strip().splitlines()[-1]
         self._send()
 
     def _replace(self, place: int) -> None:
@@ -214,6 +216,11 @@ def _portable_part(part: Any) -> Any:
     if isinstance(part, Document | Video) and isinstance(part.source, Path):
         return dataclasses.replace(part, source=part.source.absolute())
     return part.absolute() if isinstance(part, Path) else part
+
+
+def _last_line(error: Exception) -> str:
+    """Of a Ray error, which begins with where it was."""
+    return next(reversed(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _ray() -> Any:
