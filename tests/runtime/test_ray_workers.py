@@ -22,6 +22,13 @@ class RayError(Exception):
     """What Ray says of a worker that is gone."""
 
 
+class Ref:
+    """What Ray gives for work that is to be done."""
+
+    def __init__(self, do):
+        self.do = do
+
+
 class FakeRay:
     """A cluster in this process: a worker's work is done when somebody waits for it, unless it dies first."""
 
@@ -46,8 +53,8 @@ class FakeRay:
         number = len(self.made)
         self.given.append(load_options)
         worker = SimpleNamespace(number=number, alive=True)
-        worker.identity = SimpleNamespace(remote=lambda: SimpleNamespace(do=lambda: ("model", "", load_options["threads"])))
-        worker.answer = SimpleNamespace(remote=lambda requests: SimpleNamespace(do=lambda: self._answer(worker, requests)))
+        worker.identity = SimpleNamespace(remote=lambda: Ref(lambda: ("model", "", load_options["threads"])))
+        worker.answer = SimpleNamespace(remote=lambda requests: Ref(lambda: self._answer(worker, requests)))
         self.made.append(worker)
         return worker
 
