@@ -7,7 +7,7 @@ import re
 
 _PICTURE = re.compile(
     rb"data:[^,\"\\]{0,200};base64,([^\"\\]+)"  # OpenAI's dialect, anywhere
-    rb"|\"url\"\s*:\s*\"([^\"\\]+)\""
+    rb"|\"url\"\s*:\s*\"(?!data:)([^\"\\]+)\""
     rb"|\"images\"\s*:\s*\[\s*\"([^\"\\]+)\""  # Ollama's
 )
 

@@ -76,8 +76,9 @@ class RayWorkers:
             own = {"address": "local", "include_dashboard": False} if address is None else {"address": address}
             try:
                 ray.init(log_to_driver=False, logging_level="ERROR", **own)
-            except (ConnectionError, ValueError) as error:
-                raise OptionError(f"there is no Ray cluster at {address}: {error}") from None
+            except Exception as error:  # plain ones too, where processes take long to start
+                where = "Ray does not start on this machine" if address is None else f"there is no Ray cluster at {address}"
+                raise OptionError(f"{where}: {_last_line(error)}") from error
         self._size = size
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         threads = load_options.get("threads") or min([THREADS, *(cpus for cpus in nodes if cpus)])
