@@ -86,9 +86,9 @@ class RayWorkers:
         if address is None and max(nodes) < threads:  # another cluster may grow
             raise OptionError(f"no machine of the cluster has {threads} CPUs for a worker; give fewer --threads")
         # nothing is done again by Ray itself: this is where it is known what is to be done again
-        kind = ray.remote(num_cpus=threads, max_restarts=0, max_task_retries=0, max_concurrency=_AT_A_WORKER)(_Worker)
+        self._kind = ray.remote(num_cpus=threads, max_restarts=0, max_task_retries=0, max_concurrency=_AT_A_WORKER)(_Worker)
         given = {name: value.absolute() if isinstance(value, Path) else value for name, value in load_options.items()}
-        self._make = lambda: kind.remote(str(bundle.absolute()), {**given, "threads": threads}, size)
+        self._given = (str(bundle.absolute()), {**given, "threads": threads}, size)
         self._workers: list[Any] = [self._make() for _ in range(count)]
         self._at_work: dict[Any, tuple[int, list[Asked]]] = {}
         """Chunks by what Ray gives for them, each with its worker's place."""
@@ -130,6 +130,9 @@ class RayWorkers:
         """Those of its answer, or why there is none."""
         assert asked.found is not None
         return asked.found
+
+    def _make(self) -> Any:
+        return self._kind.remote(*self._given)
 
     def _require(self, model: str) -> None:
         """Raise `OptionError` unless a worker has the bundle that the driver has."""
