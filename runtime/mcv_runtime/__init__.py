@@ -3,6 +3,7 @@
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.conversation.chat import Chat
 from mcv_runtime.decoding.ticket import Ticket
+from mcv_runtime.distributed.columns import ColumnAnswerer
 from mcv_runtime.documents.document import Document, Page
 from mcv_runtime.engine import Engine, load
 from mcv_runtime.errors import (
@@ -40,6 +41,7 @@ __all__ = [
     "ChatFileError",
     "CheckpointError",
     "Clip",
+    "ColumnAnswerer",
     "Completion",
     "Document",
     "Engine",

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from mcv_runtime import Answer, OptionError, Options, OutputError, Request, load
+from mcv_runtime.batch.answer_fields import regions_report
 from mcv_runtime.batch.rows import Defaults
-from mcv_runtime.command.batch_cli import answer_batch, check_batch, regions_report
+from mcv_runtime.command.batch_cli import answer_batch, check_batch
 from mcv_runtime.request.answer import Timings
 
 DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"

@@ -9,7 +9,7 @@ import mcv_runtime
 
 PUBLIC = {
     "Answer", "Bundle", "BundleCorruptError", "BundleError", "Chat", "ChatFileError", "CheckpointError", "Clip",
-    "Completion", "Document",
+    "ColumnAnswerer", "Completion", "Document",
     "Engine", "EngineInfo", "Event", "ImageError", "MachineError", "McvError", "MemoryUse", "OptionError", "Options",
     "OutputError", "Page", "Picture", "PictureOptions", "Piece", "Progress", "Prompt", "PromptError", "Region", "Request",
     "ResourceError", "RunError", "Ticket", "Timings", "Video", "load", "locate", "read_as",
@@ -44,7 +44,8 @@ def test_importing_changes_nothing_and_brings_no_toolchain():
         "import mcv_runtime\n"
         "assert before == (dict(os.environ), list(logging.root.handlers), threading.active_count(), list(warnings.filters))\n"
         "assert PIL.Image.MAX_IMAGE_PIXELS == 89478485\n"
-        "print([name for name in ('torch', 'transformers', 'onnx', 'typer') if name in sys.modules])\n"
+        "unwanted = ('torch', 'transformers', 'onnx', 'typer', 'ray', 'fsspec', 'pyarrow')\n"
+        "print([name for name in unwanted if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")

@@ -223,3 +223,31 @@ def test_pods_have_time_to_drain_and_scale_by_what_the_adapter_gives():
     assert wanted in {rule["name"]["as"] for rule in adapter["rules"]["custom"]}
     # the file that holds the keys is never committed
     assert "deploy/kubernetes/api-keys" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+@pytest.mark.parametrize("path", sorted((DEPLOY / "kuberay").glob("*.yaml")), ids=lambda path: path.name)
+def test_pods_of_ray_fit_the_schemas_of_kubernetes(path):
+    """Ray's own kinds have no schema that Kubernetes publishes; what they are made of has."""
+    resource = yaml.safe_load(path.read_text())
+    spec = resource["spec"]
+    cluster = spec.get("rayClusterConfig") or spec["rayClusterSpec"]
+    assert cluster["rayVersion"] in (DEPLOY / "kuberay/Dockerfile").read_text()
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        validate({"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": group["template"]})
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        volumes = {volume["name"] for volume in pod.get("volumes", ())}
+        assert {mount["name"] for one in pod["containers"] for mount in one.get("volumeMounts", ())} <= volumes
+    (engines,) = cluster["workerGroupSpecs"]
+    cpus = engines["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
+    if resource["kind"] == "RayService":
+        (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+        module, _, function = application["import_path"].partition(":")
+        assert f"def {function}(" in (ROOT / "serve" / f"{module.replace('.', '/')}.py").read_text()
+        assert application["args"]["threads"] == cpus
+        assert int(application["args"]["max_replicas"]) == engines["maxReplicas"]
+    else:
+        words = spec["entrypoint"].split()
+        assert words[0] == "mcv-run"
+        assert words[words.index("--threads") + 1] == cpus
+        assert int(words[words.index("--workers") + 1]) == engines["maxReplicas"]

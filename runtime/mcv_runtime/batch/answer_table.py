@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from mcv_runtime.batch.answer_fields import TIMINGS
 from mcv_runtime.batch.answers import BatchOutput
 from mcv_runtime.batch.rows import BatchRow
 from mcv_runtime.batch.table import parquet
@@ -39,8 +40,6 @@ _TYPES: dict[str, type] = {
     "request": str,
 }
 """Of the columns; null where a row has nothing to say there."""
-TIMINGS = ("preprocess", "vision", "prefill", "decode")
-"""Seconds of each request."""
 
 
 class AnswerTable:
@@ -51,7 +50,7 @@ class AnswerTable:
         self.path = path
         place = Path(os.path.realpath(path))
         self._place = place
-        self._rows = place.with_name(f"{place.name}.rows")
+        self._rows = lines_of(place)
         self._lines = BatchOutput(self._rows)
 
     @property
@@ -107,6 +106,11 @@ class AnswerTable:
         with whole_file(self._rows) as lines:
             for row in _read(self._place, self.path):
                 lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def lines_of(table: Path) -> Path:
+    """Where a table's answers are lines until all are there."""
+    return table.with_name(f"{table.name}.rows")
 
 
 def _write(file: BinaryIO, rows: Iterator[dict[str, Any]]) -> None:

@@ -10,24 +10,22 @@ import posixpath
 import tarfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from mcv_runtime.batch.folder import is_named_as_picture
-from mcv_runtime.batch.rows import FIELDS, ROW_BYTES, BatchRow, Defaults, Encoded, files_beside, refused, rows_of
+from mcv_runtime.batch.remote import Place, open_place
+from mcv_runtime.batch.rows import FIELDS, FILE_BYTES, ROW_BYTES, BatchRow, Defaults, Encoded, files_beside, refused, rows_of
 from mcv_runtime.errors import OptionError, shown
-from mcv_runtime.files import open_regular, parse_json
+from mcv_runtime.files import parse_json
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_FILE_BYTES = 512 << 20
-"""The largest picture."""
 _NAMED = 5
 
 
 class ArchiveSource:
     """A tar archive, read once from its beginning to its end."""
 
-    def __init__(self, path: Path, defaults: Defaults) -> None:
+    def __init__(self, path: Place, defaults: Defaults) -> None:
         self._path, self._defaults = path, defaults
         self._others: dict[str, None] = {}
 
@@ -42,9 +40,9 @@ class ArchiveSource:
 
     def rows(self) -> Iterator[BatchRow]:
         """In order, one sample in memory; raises `OptionError` for an archive that is damaged."""
-        located = files_beside(self._path.parent)
+        located = files_beside(self._path.parent, self._defaults.fetch)
         number = 0
-        with open_regular(self._path, error=OptionError) as file:
+        with open_place(self._path) as file:
             for name, sample in _samples(file, self._path):
                 number += 1
                 try:
@@ -67,7 +65,7 @@ class ArchiveSource:
             elif not is_named_as_picture(f"{name}.{suffix}"):
                 self._leave(f".{suffix}")
             elif data is None:
-                raise OptionError(f"{name}.{suffix} is no plain file, or larger than {_FILE_BYTES:,} bytes")
+                raise OptionError(f"{name}.{suffix} is no plain file, or larger than {FILE_BYTES:,} bytes")
             else:
                 images.append(Encoded(data, f"{name}.{suffix}"))
         return {**fields, "image": images[0]} if len(images) == 1 else {**fields, "images": images}
@@ -78,7 +76,7 @@ class ArchiveSource:
                 self._others[name] = None
 
 
-def _samples(file: Any, path: Path) -> Iterator[tuple[str, list[tuple[str, bytes | None]]]]:
+def _samples(file: Any, path: Place) -> Iterator[tuple[str, list[tuple[str, bytes | None]]]]:
     """The name of each sample and its files by suffix; None: no plain file, or too large a one."""
     name, sample = "", list[tuple[str, bytes | None]]()
     read = 0
@@ -95,7 +93,7 @@ def _samples(file: Any, path: Path) -> Iterator[tuple[str, list[tuple[str, bytes
                 if of != name and sample:
                     yield name, sample
                     sample = []
-                plain = archive.extractfile(member) if member.isreg() and member.size <= _FILE_BYTES else None
+                plain = archive.extractfile(member) if member.isreg() and member.size <= FILE_BYTES else None
                 name = of
                 sample.append((suffix.lower(), None if plain is None else plain.read()))
                 read += 1

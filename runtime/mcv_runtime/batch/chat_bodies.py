@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from mcv_runtime.batch.rows import BatchRow, Defaults, Located, digest_of, refused
+from mcv_runtime.batch.remote import is_store_address
+from mcv_runtime.batch.rows import BatchRow, Defaults, Located, digest_of, local, refused
 from mcv_runtime.errors import McvError, OptionError, shown
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.options import Options, PictureOptions
@@ -175,10 +176,11 @@ def _part(part: Mapping[str, Any], located: Located) -> Any:
         if kind == "video_url":
             raise OptionError("a video in a row is not read; save it, and name it as file:///path")
         return _decoded(given[scheme.end() :])
-    if not given.startswith("file:///"):
+    is_path = given.startswith("file:///")
+    if not is_path and not is_store_address(given):
         raise OptionError(f"{shown(given)} is not fetched; give a data: URL with base64, or file:///path")
-    path = located(unquote(urlsplit(given).path))
-    return Video(path) if kind == "video_url" else path
+    place = located(unquote(urlsplit(given).path) if is_path else given)
+    return Video(local(place)) if kind == "video_url" else place
 
 
 def _decoded(text: str) -> bytes:

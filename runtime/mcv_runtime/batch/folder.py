@@ -6,24 +6,31 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
+from mcv_runtime.batch.remote import Place, RemoteFile
 from mcv_runtime.batch.rows import BatchRow, Defaults, rows_of
 from mcv_runtime.documents.pdf import begins_as_pdf
 from mcv_runtime.errors import ImageError, OptionError, shown
 from mcv_runtime.pictures.formats import FORMATS, begins_as_picture, heic_reader
 from mcv_runtime.pictures.images import open_local, picture_size
 
+Kind = Literal["file", "folder", "link"]
+"""Of an entry of a folder; a link leads to a folder."""
 _NAMED = 5
 """Files that are left out and mentioned one by one."""
 _DEEPEST = 64
 
 
 class FolderSource:
-    """A folder, gone through in the order of the names; what is left out is known when all rows are given."""
+    """A folder, gone through in the order of the names; what is left out is known when all rows are given.
 
-    def __init__(self, folder: Path, defaults: Defaults) -> None:
+    Of a store, files are told by their names alone.
+    """
+
+    def __init__(self, folder: Place, defaults: Defaults) -> None:
         self._folder, self._defaults = folder, defaults
         self._hidden = self._links = self._others = 0
         self._named: list[str] = []
@@ -38,10 +45,11 @@ class FolderSource:
             raise OptionError(f"{self._folder} is a folder of pictures; say what to ask about each with --prompt")
         self._hidden = self._links = self._others = number = 0
         self._named = []
+        located = self._folder.joined if isinstance(self._folder, RemoteFile) else self._folder.joinpath
         for name in self._files():
-            if _is_wanted(self._folder / name):
+            if _is_wanted(located(name)):
                 number += 1
-                yield from rows_of(number, {"image": name}, self._folder.joinpath, self._defaults)
+                yield from rows_of(number, {"image": name}, located, self._defaults)
             else:
                 self._leave(name)
         if not number:
@@ -59,21 +67,15 @@ class FolderSource:
 
     def _files(self, inner: str = "", depth: int = 0) -> Iterator[str]:
         """By their paths from the folder, those of one folder at a time in memory."""
-        folder = self._folder / inner
-        try:
-            with os.scandir(folder) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            raise OptionError(f"{folder} cannot be read: {error.strerror}") from None
-        for entry in found:
-            name = f"{inner}/{entry.name}" if inner else entry.name
-            if entry.name.startswith("."):  # systems and programs keep their own files under such names
+        for last, kind in _entries(self._folder, inner):
+            name = f"{inner}/{last}" if inner else last
+            if last.startswith("."):  # systems and programs keep their own files under such names
                 self._hidden += 1
-            elif entry.is_dir(follow_symlinks=False):
+            elif kind == "folder":
                 if depth == _DEEPEST:
-                    raise OptionError(f"{shown(str(folder))} is {_DEEPEST} folders deep; name one that is nearer")
+                    raise OptionError(f"{shown(f'{self._folder}/{inner}')} is {_DEEPEST} folders deep; name one that is nearer")
                 yield from self._files(name, depth + 1)
-            elif entry.is_dir():  # a link: it may lead round in a circle, or to what is elsewhere
+            elif kind == "link":  # it may lead round in a circle, or to what is elsewhere
                 self._links += 1
             else:
                 yield name
@@ -89,7 +91,27 @@ def is_named_as_picture(name: str) -> bool:
     return Path(name).suffix.lower() in _suffixes()
 
 
-def _is_wanted(path: Path) -> bool:
+def _entries(top: Place, inner: str) -> list[tuple[str, Kind]]:
+    """The names in a folder in their order, and what each is."""
+    if isinstance(top, RemoteFile):
+        folder = top.joined(inner) if inner else top
+        return [(name, "folder" if is_folder else "file") for name, is_folder in folder.entries()]
+    try:
+        with os.scandir(top / inner) as entries:
+            return sorted((entry.name, _kind(entry)) for entry in entries)
+    except OSError as error:
+        raise OptionError(f"{top / inner} cannot be read: {error.strerror}") from None
+
+
+def _kind(entry: os.DirEntry[str]) -> Kind:
+    if entry.is_dir(follow_symlinks=False):
+        return "folder"
+    return "link" if entry.is_dir() else "file"
+
+
+def _is_wanted(path: Place) -> bool:
+    if isinstance(path, RemoteFile):  # to look into each would be to read most of it
+        return is_named_as_picture(path.name)
     if not path.is_file():
         return False
     if is_named_as_picture(path.name):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mcv_runtime.batch.chat_bodies import chat_row
+from mcv_runtime.batch.remote import Place, RemoteFile
 from mcv_runtime.batch.rows import ROW_BYTES, BatchRow, Defaults, Located, files_beside, is_plain, refused, rows_of
 from mcv_runtime.errors import OptionError
 from mcv_runtime.files import parse_json
@@ -19,32 +20,35 @@ class LinesSource:
 
     left_out = ""
 
-    def __init__(self, path: Path, defaults: Defaults) -> None:
+    def __init__(self, path: Place, defaults: Defaults) -> None:
         self._path, self._defaults = path, defaults
 
     def count(self) -> int:
         """How many rows there are at most; 0 where counting them would use them up."""
-        if not self._path.is_file():
+        if isinstance(self._path, RemoteFile) or not self._path.is_file():
             return 0
         with self._path.open("rb") as file:
             return sum(1 for line in _lines(file) if line.strip())
 
     def rows(self) -> Iterator[BatchRow]:
         """In order, one at a time; raises `OptionError` if the file cannot be read."""
-        folder = self._path.parent
         try:
-            with self._path.open("rb") as file:
-                mode = os.fstat(file.fileno()).st_mode
-                if stat.S_ISCHR(mode) and not file.isatty():
-                    raise OptionError(f"{self._path} is a device; --batch takes a file of requests or a folder of pictures")
-                if not is_plain(self._path, mode):  # from `|` or `<(...)`: nothing lies beside it
-                    folder = Path()
-                located = files_beside(folder)
+            with self._path.open() if isinstance(self._path, RemoteFile) else self._path.open("rb") as file:
+                located = files_beside(self._folder(file), self._defaults.fetch)
                 for number, line in enumerate(_lines(file), 1):
                     if line.strip():
                         yield from _parsed(number, line, located, self._defaults)
         except OSError as error:
             raise OptionError(f"{self._path} cannot be read: {error.strerror}") from None
+
+    def _folder(self, file: BinaryIO) -> Place:
+        """What the rows' paths begin in."""
+        if isinstance(self._path, RemoteFile):
+            return self._path.parent
+        mode = os.fstat(file.fileno()).st_mode
+        if stat.S_ISCHR(mode) and not file.isatty():
+            raise OptionError(f"{self._path} is a device; --batch takes a file of requests or a folder of pictures")
+        return self._path.parent if is_plain(self._path, mode) else Path()  # from `|` or `<(...)`: nothing lies beside it
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:

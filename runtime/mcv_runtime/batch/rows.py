@@ -11,19 +11,19 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from mcv_runtime.batch.remote import Place, RemoteFile, is_store_address, place_of
 from mcv_runtime.documents.document import DPI, Document, is_document
 from mcv_runtime.documents.page_numbers import PageNumbers
-from mcv_runtime.errors import McvError, OptionError, shown
+from mcv_runtime.errors import ImageError, McvError, OptionError, shown
 from mcv_runtime.files import at_home
 from mcv_runtime.pictures.images import MAX_PIXELS, is_address
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.options import Options
-from mcv_runtime.request.preparation import PictureSource
 from mcv_runtime.request.request import Request
 
 ROW_BYTES = 16 << 20
@@ -35,8 +35,10 @@ _OPTIONS = {field.name for field in dataclasses.fields(Options)} - {"cancel", "p
 """What a file can name."""
 FIELDS = _OWN | _OPTIONS
 
-Located: TypeAlias = Callable[[str], Path]
+Located: TypeAlias = Callable[[str], Place]
 """The file that a row means; raises `OptionError` for what is no path of one."""
+FILE_BYTES = 512 << 20
+"""The largest file that is in memory whole: of an archive, or from a store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class Defaults:
     """Identity of the bundle: other models give other answers."""
     paging: Paging = Paging()
     max_pixels: int = MAX_PIXELS
+    fetch: tuple[RemoteFile, ...] = ()
+    """Folders of stores, the files of which a row may name by their addresses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +85,29 @@ class BatchRow:
     said: Mapping[str, Any] = field(default_factory=dict)
     """What of the row is repeated beside its answer: id, pictures and page."""
     request: Request | None = None
+    """What is asked; pictures of a store are `RemoteFile`s, until `fetched` has read them."""
     error: str = ""
     """Why there is no request."""
+
+
+def fetched(request: Request) -> Request:
+    """The request with the bytes of those of its pictures that are in a store; raises `ImageError`."""
+
+    def read(one: Any) -> Any:
+        return one.read(FILE_BYTES, ImageError) if isinstance(one, RemoteFile) else one
+
+    if request.messages is None:
+        images = request.images if isinstance(request.images, list) else [request.images]
+        return dataclasses.replace(request, images=list(map(read, images))) if any(map(_is_remote, images)) else request
+    messages = [
+        {**message, "content": list(map(read, content)) if isinstance(content := message["content"], list) else content}
+        for message in request.messages
+    ]
+    return dataclasses.replace(request, messages=messages)
+
+
+def _is_remote(one: object) -> bool:
+    return isinstance(one, RemoteFile)
 
 
 def rows_of(number: int, fields: Mapping[str, Any], located: Located, defaults: Defaults) -> Iterator[BatchRow]:
@@ -114,7 +139,7 @@ def _rows(number: int, fields: Mapping[str, Any], located: Located, defaults: De
     options = Options.of(defaults.options, {name: value for name, value in fields.items() if name in _OPTIONS})
     paging = _paging(fields, defaults.paging)
     seen = [_source(one, located) for name in ("image", "images") for one in _pictures(fields, name)]
-    videos = [Video(located(path)) for path in _pictures(fields, "video", kinds=str)]
+    videos = [Video(local(located(path))) for path in _pictures(fields, "video", kinds=str)]
     asked = [
         fields,
         prompt,
@@ -124,7 +149,7 @@ def _rows(number: int, fields: Mapping[str, Any], located: Located, defaults: De
         *([] if paging == Paging() else [dataclasses.astuple(paging)]),
     ]
 
-    def row(pictures: list[PictureSource], page: int | None = None) -> BatchRow:
+    def row(pictures: list[Any], page: int | None = None) -> BatchRow:
         said = _said(fields) if page is None else {**_said(fields), "page": page}
         request = Request(pictures, prompt, system, options)
         return BatchRow(number=number, digest=digest_of(*asked, page), request=request, said=said)
@@ -133,7 +158,7 @@ def _rows(number: int, fields: Mapping[str, Any], located: Located, defaults: De
         yield row([*(_paged(one, paging) for one in seen), *videos])
     elif len(seen) != 1 or videos:
         raise OptionError("with each_page, a row names one document and nothing else; leave out each_page, or the others")
-    elif isinstance(document := _paged(seen[0], paging), Document):
+    elif isinstance(document := _paged(seen[0], paging), Document):  # of a store, all of it is read now
         for page in document.open(defaults.max_pixels):
             yield row([page], page.number)
     else:
@@ -147,14 +172,25 @@ def _paging(fields: Mapping[str, Any], defaults: Paging) -> Paging:
     return paging
 
 
-def _paged(source: Path | bytes, paging: Paging) -> Path | bytes | Document:
+def _paged(source: Place | bytes, paging: Paging) -> Place | bytes | Document:
     """A file of which pages are named, or that may have several, as a document; pictures stay as they are."""
+    if isinstance(source, RemoteFile):
+        if paging == Paging():
+            return source
+        source = source.read(FILE_BYTES, ImageError)
     in_pages = paging.pages is not None or (paging != Paging() and is_document(source))
     return Document(source, paging.pages, paging.dpi) if in_pages else source
 
 
-def _source(picture: str | Encoded, located: Located) -> Path | bytes:
+def _source(picture: str | Encoded, located: Located) -> Place | bytes:
     return picture.data if isinstance(picture, Encoded) else located(picture)
+
+
+def local(place: Place) -> Path:
+    """The place, if it is on this machine; raises `OptionError`."""
+    if isinstance(place, RemoteFile):
+        raise OptionError(f"{place} is not on this machine; a video is read from a file that is")
+    return place
 
 
 def _pictures(fields: Mapping[str, Any], name: str, kinds: Any = str | Encoded) -> list[Any]:
@@ -165,15 +201,22 @@ def _pictures(fields: Mapping[str, Any], name: str, kinds: Any = str | Encoded) 
     return pictures
 
 
-def files_beside(folder: Path) -> Located:
-    """Files by their paths from a folder, or from the root or a home."""
+def files_beside(folder: Place, fetch: Sequence[RemoteFile] = ()) -> Located:
+    """Files by their paths from a folder, or from the root or a home; by their addresses if they are in one of `fetch`."""
 
-    def located(text: str) -> Path:
+    def located(text: str) -> Place:
+        if is_store_address(text) and len(text) <= _PATH_CHARACTERS:
+            found = place_of(text)
+            if isinstance(found, RemoteFile) and any(map(found.is_within, fetch)):
+                return found
+            raise OptionError(f"{shown(text)} is not fetched; allow it with --fetch and the folder that it is in")
         if is_address(text) or len(text) > _PATH_CHARACTERS:
             raise OptionError(f"{_cut(text)} is no path of a file; save what it stands for, and name that file")
-        found = folder / at_home(text)
-        _require_plain(found)
-        return found
+        if isinstance(folder, RemoteFile):
+            return folder.joined(text)
+        path = folder / at_home(text)
+        _require_plain(path)
+        return path
 
     return located
 
@@ -211,5 +254,7 @@ def _cut(value: Any) -> Any:
         return [cut for one in value if (cut := _cut(one)) is not None]
     if isinstance(value, Encoded):
         return None if value.path is None else _cut(value.path)
-    is_long = isinstance(value, str) and (len(value) > _PATH_CHARACTERS or (len(value) > 80 and is_address(value)))
-    return f"{value[:80]}..." if is_long else value
+    if not isinstance(value, str):
+        return value
+    is_content = len(value) > 80 and is_address(value) and not is_store_address(value)
+    return f"{value[:80]}..." if is_content or len(value) > _PATH_CHARACTERS else value

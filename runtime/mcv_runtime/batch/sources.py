@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Protocol
 
 from mcv_runtime.batch.archive import SUFFIXES, ArchiveSource
 from mcv_runtime.batch.folder import FolderSource
 from mcv_runtime.batch.lines import LinesSource
+from mcv_runtime.batch.remote import Place
 from mcv_runtime.batch.rows import BatchRow, Defaults
 from mcv_runtime.batch.table import TableSource
 
@@ -27,7 +27,7 @@ class BatchSource(Protocol):
         """What of the source is no row, in words; complete once the rows are through."""
 
 
-def batch_source(path: Path, defaults: Defaults) -> BatchSource:
+def batch_source(path: Place, defaults: Defaults) -> BatchSource:
     """The source that a path names."""
     if path.is_dir():
         return FolderSource(path, defaults)

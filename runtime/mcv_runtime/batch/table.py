@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from mcv_runtime.batch.remote import Place, open_place
 from mcv_runtime.batch.rows import FIELDS, BatchRow, Defaults, Encoded, files_beside, refused, rows_of
 from mcv_runtime.errors import OptionError, shown
-from mcv_runtime.files import open_regular
 
 _AT_ONCE = 16
 """Rows in memory, with the pictures that are in them."""
@@ -22,7 +21,7 @@ _AT_ONCE = 16
 class TableSource:
     """A Parquet file."""
 
-    def __init__(self, path: Path, defaults: Defaults) -> None:
+    def __init__(self, path: Place, defaults: Defaults) -> None:
         self._path, self._defaults = path, defaults
         self._others: list[str] = []
 
@@ -32,13 +31,13 @@ class TableSource:
         return ", ".join(map(shown, self._others))
 
     def count(self) -> int:
-        with open_regular(self._path, error=OptionError) as file:
+        with open_place(self._path) as file:
             return int(_opened(file, self._path).metadata.num_rows)
 
     def rows(self) -> Iterator[BatchRow]:
         """In order; raises `OptionError` for a file that is no Parquet or damaged."""
-        located = files_beside(self._path.parent)
-        with open_regular(self._path, error=OptionError) as file:
+        located = files_beside(self._path.parent, self._defaults.fetch)
+        with open_place(self._path) as file:
             table = _opened(file, self._path)
             import pyarrow
 
@@ -53,7 +52,7 @@ class TableSource:
                     for fields in batch.to_pylist():
                         number += 1
                         try:
-                            row = {name: _field(name, value) for name, value in fields.items()}
+                            row = {name: table_field(name, value) for name, value in fields.items()}
                         except OptionError as error:
                             yield refused(number, str(error))
                         else:
@@ -62,7 +61,8 @@ class TableSource:
                 raise OptionError(f"{self._path} is damaged behind row {number:,}: {_first_line(error)}") from None
 
 
-def _field(name: str, value: Any) -> Any:
+def table_field(name: str, value: Any) -> Any:
+    """A value of a column as a row's field; raises `OptionError`."""
     if isinstance(value, float) and math.isnan(value):  # how pandas writes what is missing
         return None
     if name in ("image", "images"):
@@ -83,7 +83,7 @@ def _picture(value: Any) -> Any:
     return value
 
 
-def _opened(file: Any, path: Path) -> Any:
+def _opened(file: Any, path: Place) -> Any:
     reader = parquet()
     import pyarrow
 

@@ -7,21 +7,20 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO, TypeVar
 
-from mcv_runtime.batch.answer_table import TIMINGS, AnswerTable
-from mcv_runtime.batch.answers import BatchOutput
-from mcv_runtime.batch.rows import BatchRow, Defaults
+from mcv_runtime.batch.answer_fields import answer_fields, error_line
+from mcv_runtime.batch.remote import Place
+from mcv_runtime.batch.remote_output import batch_output
+from mcv_runtime.batch.rows import BatchRow, Defaults, fetched
 from mcv_runtime.batch.sources import batch_source
 from mcv_runtime.command.progress_bar import ProgressBar, counted
-from mcv_runtime.command.terminal import one_line
 from mcv_runtime.decoding.ticket import Ticket, finish_first
 from mcv_runtime.engine import Engine
-from mcv_runtime.errors import McvError, OptionError
+from mcv_runtime.errors import OptionError
 from mcv_runtime.progress import Event
-from mcv_runtime.request.answer import Answer, Completion
 from mcv_runtime.request.request import with_options
 
 BATCH_SIZE = 8
@@ -29,13 +28,32 @@ _WAITING = 64
 """Rows with nothing to compute that may wait for one that has."""
 
 
-def check_batch(source: Path, out: Path | None, size: int) -> Path:
+Asked = TypeVar("Asked")
+
+
+class Answerers(Protocol[Asked]):
+    """Who answers rows: an engine, or workers that have one each."""
+
+    ahead: int
+    """Rows that are asked at a time."""
+
+    def ask(self, row: BatchRow) -> Asked:
+        """Hand in a row; raises what is wrong with it."""
+
+    def wait(self, asked: Sequence[Asked]) -> None:
+        """Until the first of them is answered."""
+
+    def fields(self, asked: Asked) -> dict[str, Any] | str:
+        """Those of its answer, or why there is none, which may also be raised."""
+
+
+def check_batch(source: Place, out: Place | None, size: int) -> Place:
     """Where the answers go; raises `OptionError` for what makes no sense, before a model is opened."""
     if out is None:
         raise OptionError("--batch needs --out, the file for the answers")
     if not source.exists():
         raise OptionError(f"{source} is not there; --batch takes a file of requests or a folder of pictures")
-    if out.exists() and source.samefile(out):
+    if source == out or (isinstance(source, Path) and isinstance(out, Path) and out.exists() and source.samefile(out)):
         raise OptionError(f"{out} is the file with the requests; name another file for the answers")
     if size < 1:
         raise OptionError(f"batch-size must be at least 1, not {size}")
@@ -43,23 +61,28 @@ def check_batch(source: Path, out: Path | None, size: int) -> Path:
 
 
 def answer_batch(
-    engine: Engine, source: Path, out: Path, defaults: Defaults, size: int = BATCH_SIZE, notices: TextIO | None = None
+    engine: Engine, source: Place, out: Place, defaults: Defaults, size: int = BATCH_SIZE, notices: TextIO | None = None
 ) -> int:
     """Write an answer or an error for every row of `source` to `out`; 0, or 1 if a row failed."""
+    return run_batch(_OneEngine(engine, 2 * size), source, out, defaults, notices)
+
+
+def run_batch(answerers: Answerers[Any], source: Place, out: Place, defaults: Defaults, notices: TextIO | None = None) -> int:
+    """As `answer_batch`, by whoever answers."""
     notices = sys.stderr if notices is None else notices
     bar = ProgressBar(notices)
     found = batch_source(source, defaults)
-    run = _Run(engine, bar, found.count() if notices.isatty() and not defaults.paging.each_page else 0)
+    run = _Run(answerers, bar, found.count() if notices.isatty() and not defaults.paging.each_page else 0)
     rows = found.rows()
     first = next(rows, None)  # what is wrong with the source is found before the output is touched
-    with AnswerTable(out) if out.suffix.lower() == ".parquet" else BatchOutput(out) as output:
+    with batch_output(out) as output:
         try:
             remaining = itertools.dropwhile(output.has, itertools.chain(() if first is None else (first,), rows))
             left = next(remaining, None)
             output.settle()
             run.written = output.kept
             asked = itertools.chain(() if left is None else (left,), remaining)
-            for answer in run.answers(asked, output.earlier, 2 * size):
+            for answer in run.answers(asked, output.earlier):
                 output.write(answer)
             output.finish()
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or another signal that asks to end
@@ -76,90 +99,94 @@ def answer_batch(
     return 1 if run.failed else 0
 
 
-class _Run:
-    """Answers rows and counts them."""
+class _OneEngine:
+    """This process's engine, which shows how far it is."""
 
-    def __init__(self, engine: Engine, bar: ProgressBar, total: int) -> None:
+    def __init__(self, engine: Engine, ahead: int) -> None:
+        self._engine, self.ahead = engine, ahead
+        self.show: Callable[[Event], None] | None = None
+
+    def ask(self, row: BatchRow) -> tuple[Ticket, bool]:
+        assert row.request is not None
+        request = with_options(fetched(row.request), progress=self.show)
+        return self._engine.submit(request, own_time=True), bool(request.options.grounding)
+
+    def wait(self, asked: Sequence[tuple[Ticket, bool]]) -> None:
+        finish_first([ticket for ticket, _ in asked])
+
+    def fields(self, asked: tuple[Ticket, bool]) -> dict[str, Any]:
+        ticket, regions = asked
+        return answer_fields(ticket.result(), regions=regions)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A row whose turn to be written has not come."""
+
+    row: BatchRow
+    asked: Any = None
+    known: dict[str, Any] | None = None
+    """What to write, from an earlier run."""
+    error: str = ""
+
+
+class _Run:
+    """Has rows answered and counts them."""
+
+    def __init__(self, answerers: Answerers[Any], bar: ProgressBar, total: int) -> None:
         self.written = self.answered = self.failed = 0
-        self._engine, self._bar, self._total = engine, bar, total
+        self._answerers, self._bar, self._total = answerers, bar, total
         self._start = time.monotonic()
+        if isinstance(answerers, _OneEngine):
+            answerers.show = lambda event: self._show(f"; {counted(event)}")
 
     def answers(
-        self, rows: Iterable[BatchRow], earlier: Callable[[BatchRow], dict[str, Any] | None], ahead: int
+        self, rows: Iterable[BatchRow], earlier: Callable[[BatchRow], dict[str, Any] | None]
     ) -> Iterator[dict[str, Any]]:
-        """What to write for each row, in order; `ahead` are asked at a time, and none waits that needs not."""
-        waiting: deque[tuple[BatchRow, Ticket | dict[str, Any] | str]] = deque()
+        """What to write for each row, in order; some are asked at a time, and none waits that needs not."""
+        waiting = deque[_Waiting]()
         for row in rows:
             known = None if row.request is None else earlier(row)
-            waiting.append((row, self._asked(row) if known is None else known))
-            while waiting and self._is_due(waiting, ahead):
+            waiting.append(self._asked(row) if known is None else _Waiting(row, known=known))
+            while waiting and self._is_due(waiting):
                 yield self._first(waiting)
         while waiting:
             yield self._first(waiting)
 
-    def _is_due(self, waiting: Sequence[tuple[BatchRow, object]], ahead: int) -> bool:
-        asked = sum(isinstance(one, Ticket) for _, one in waiting)
-        return not isinstance(waiting[0][1], Ticket) or asked >= ahead or len(waiting) >= ahead + _WAITING
+    def _is_due(self, waiting: Sequence[_Waiting]) -> bool:
+        ahead = self._answerers.ahead
+        asked = sum(one.asked is not None for one in waiting)
+        return waiting[0].asked is None or asked >= ahead or len(waiting) >= ahead + _WAITING
 
-    def _asked(self, row: BatchRow) -> Ticket | str:
+    def _asked(self, row: BatchRow) -> _Waiting:
         if row.request is None:
-            return row.error
+            return _Waiting(row, error=row.error)
         try:
-            return self._engine.submit(with_options(row.request, progress=self._show), own_time=True)
+            return _Waiting(row, asked=self._answerers.ask(row))
         except Exception as error:  # whatever it is, the other rows are not to blame
-            return _line(error)
+            return _Waiting(row, error=error_line(error))
 
-    def _first(self, waiting: deque[tuple[BatchRow, Ticket | dict[str, Any] | str]]) -> dict[str, Any]:
-        if isinstance(waiting[0][1], Ticket):
-            finish_first([one for _, one in waiting if isinstance(one, Ticket)])
-        row, found = waiting.popleft()
+    def _first(self, waiting: deque[_Waiting]) -> dict[str, Any]:
+        if waiting[0].asked is not None:
+            self._answerers.wait([one.asked for one in waiting if one.asked is not None])
+        first = waiting.popleft()
         self.written += 1
-        if isinstance(found, dict):
-            return found
-        said = {"row": row.number, **row.said}
+        if first.known is not None:
+            return first.known
         try:
-            answer = found.result() if isinstance(found, Ticket) else None
+            found = first.error if first.asked is None else self._answerers.fields(first.asked)
         except Exception as error:
-            found, answer = _line(error), None
-        if answer is None:
+            found = error_line(error)
+        said = {"row": first.row.number, **first.row.said}
+        if isinstance(found, str):
             self.failed += 1
             return {**said, "error": found}
         self.answered += 1
-        asked = row.request is not None and bool(row.request.options.grounding)
-        return {**said, **_told(answer), **regions_report(answer, asked=asked), "request": row.digest}
+        self._show()
+        return {**said, **found, "request": first.row.digest}
 
-    def _show(self, event: Event) -> None:
+    def _show(self, more: str = "") -> None:
         of = f" of {self._total:,}" if self._total else ""
         made = self.answered + self.failed
         speed = f", {made / (time.monotonic() - self._start):.1f} a second" if made else ""
-        self._bar.show(f"rows {self.written:,}{of}{speed}; {counted(event)}", self.written, self._total)
-
-
-def _told(answer: Answer) -> dict[str, Any]:
-    """What is written of an answer."""
-    told: dict[str, Any] = {
-        "answer": answer.text,
-        "stop_reason": answer.stop_reason,
-        "tokens": len(answer.tokens),
-        "prompt_tokens": len(answer.prompt_tokens),
-        "timings": {name: round(getattr(answer.timings, name), 4) for name in TIMINGS},
-    }
-    told |= {name: value for name in ("score", "logprobs") if (value := getattr(answer, name)) is not None}
-    if answer.alternatives:
-        told["alternatives"] = [completion_report(one) for one in answer.alternatives]
-    return told
-
-
-def completion_report(completion: Completion) -> dict[str, Any]:
-    """One of several answers, as JSON has it."""
-    names = ("text", "tokens", "stop_reason", "logprobs", "score")
-    return {name: getattr(completion, name) for name in names}
-
-
-def regions_report(answer: Answer, *, asked: bool) -> dict[str, Any]:
-    """The places that an answer names in its one picture, as JSON has them; nothing where nobody asked for places."""
-    return {"regions": [asdict(region) for region in answer.regions()]} if asked and len(answer.pictures) == 1 else {}
-
-
-def _line(error: Exception) -> str:
-    return one_line(str(error) if isinstance(error, McvError) else f"{type(error).__name__}: {error}")
+        self._bar.show(f"rows {self.written:,}{of}{speed}{more}", self.written, self._total)

@@ -15,14 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
+from mcv_runtime.batch.answer_fields import completion_report, regions_report
+from mcv_runtime.batch.remote import fetched_folders, place_of
 from mcv_runtime.batch.rows import Defaults, Paging
 from mcv_runtime.bundle import folder as bundles
 from mcv_runtime.command import cli_options, terminal, tune_cli
-from mcv_runtime.command.batch_cli import BATCH_SIZE, answer_batch, check_batch, completion_report, regions_report
+from mcv_runtime.command.batch_cli import BATCH_SIZE, answer_batch, check_batch, run_batch
 from mcv_runtime.command.chat_cli import TerminalChat, chat_lines
 from mcv_runtime.command.pages_cli import PageAnswers
 from mcv_runtime.command.progress_bar import ProgressBar, print_answer
 from mcv_runtime.command.streams import is_closed
+from mcv_runtime.distributed.ray_workers import RayWorkers
 from mcv_runtime.documents.document import DPI, Document
 from mcv_runtime.engine import load
 from mcv_runtime.errors import OptionError
@@ -67,6 +70,10 @@ def run(
     batch: cli_options.Batch = None,
     out: cli_options.Out = None,
     batch_size: cli_options.BatchSize = None,
+    fetch: cli_options.Fetch = None,
+    compute: cli_options.ComputeEngine = "here",
+    address: cli_options.Address = None,
+    workers: cli_options.Workers = None,
     dpi: cli_options.Dpi = None,
     max_pixels: cli_options.MaxPixels = MAX_PIXELS,
     bundle: cli_options.BundleFolder = None,
@@ -110,7 +117,12 @@ def run(
         (chat and batch is not None, "--chat and --batch exclude each other"),
         ((chat or batch is not None) and as_json, "--json is for one question; leave it out"),
         (batch is not None and bool(seen), "with --batch, every row names its own pictures; leave out --image and --video"),
-        (batch is None and (out is not None or batch_size is not None), "--out and --batch-size need --batch"),
+        (
+            batch is None and (out is not None or batch_size is not None or bool(fetch)),
+            "--out, --batch-size and --fetch need --batch",
+        ),
+        (batch is None and compute == "ray", "--engine ray is for --batch"),
+        (compute == "here" and (address is not None or workers is not None), "--address and --workers need --engine ray"),
         (chat and each_page, "a conversation is about all pages; leave out --each-page and --to"),
         (each_page and bool(video), "a video has no pages; leave out --each-page and --to"),
         (each_page and batch is None and not image, "--each-page and --to need --image or --batch"),
@@ -123,18 +135,25 @@ def run(
     is_demo = folder == bundles.DEFAULT
     if batch is not None:
         size = BATCH_SIZE if batch_size is None else batch_size
-        target = check_batch(batch, out, size)
-        engine = load(folder, max_rows=size, **load_options)
+        source = place_of(batch)
+        target = check_batch(source, None if out is None else place_of(out), size)
+        fetched = fetched_folders(fetch or ())
+        engine = load(folder, max_rows=size, **load_options) if compute == "here" else None
+        model = (bundles.Bundle.open(folder) if engine is None else engine.bundle).identity
         _say(_DEMO if is_demo else "")
         defaults = Defaults(
             prompt=prompt,
             system=system,
             options=options,
-            model=engine.bundle.identity,
+            model=model,
             paging=Paging(pages, DPI if dpi is None else dpi, each_page),
             max_pixels=max_pixels,
+            fetch=fetched,
         )
-        return answer_batch(engine, batch, target, defaults, size)
+        if engine is not None:
+            return answer_batch(engine, source, target, defaults, size)
+        with RayWorkers(folder, load_options, size, model=model, address=address, workers=workers) as answerers:
+            return run_batch(answerers, source, target, defaults)
     if chat:
         talk = TerminalChat(load(folder, **load_options), system=system, options=options, max_pixels=max_pixels)
         talk.show(seen)
@@ -165,7 +184,7 @@ def run(
 def _with_request_options() -> Callable[..., int]:
     """The command with a parameter for every option of a request, before those of model and machine."""
     own = list(inspect.signature(run, eval_str=True).parameters.values())[:-1]
-    parameters = [*own[:12], *cli_options.request_parameters(), *own[12:]]
+    parameters = [*own[:16], *cli_options.request_parameters(), *own[16:]]
 
     @functools.wraps(run)
     def command(**values: Any) -> int:

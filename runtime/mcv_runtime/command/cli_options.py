@@ -76,23 +76,47 @@ ChatMode: TypeAlias = Annotated[
     bool, _option("--chat", help="Hold a conversation: one question a line; /help lists the commands.", panel=_MODES)
 ]
 Batch: TypeAlias = Annotated[
-    Path | None,
+    str | None,
     _option(
         "--batch",
-        help="Answer requests: lines of JSON, a Parquet file, a tar archive; or ask --prompt about every picture of a folder.",
+        help="Answer requests: lines of JSON, a Parquet file, a tar archive; or ask --prompt about every picture of a folder."
+        " Also s3://, gs:// or hf://.",
         panel=_MODES,
+        metavar="<path>",
     ),
 ]
 Out: TypeAlias = Annotated[
-    Path | None,
+    str | None,
     _option(
         "--out",
         help="With --batch: where the answers go (.parquet: as a table); what is there already is not asked again.",
         panel=_MODES,
+        metavar="<path>",
+    ),
+]
+Fetch: TypeAlias = Annotated[
+    list[str] | None,
+    _option(
+        "--fetch",
+        help="With --batch: let rows name pictures of this folder of a store, such as s3://bucket/scans; may be repeated.",
+        panel=_MODES,
+        metavar="<address>",
     ),
 ]
 BatchSize: TypeAlias = Annotated[
     int | None, _option("--batch-size", help="With --batch: how many requests are decoded together.", panel=_MODES)
+]
+
+ComputeEngine: TypeAlias = Annotated[
+    Literal["here", "ray"],
+    _option("--engine", help="With --batch: who computes; ray: workers of a Ray cluster, --threads CPUs each.", panel=_MODES),
+]
+Address: TypeAlias = Annotated[
+    str | None,
+    _option("--address", help="Of the Ray cluster (auto: this machine's); else one is started here for as long.", panel=_MODES),
+]
+Workers: TypeAlias = Annotated[
+    int | None, _option("--workers", help="How many of Ray's workers; else as many as it has CPUs for.", panel=_MODES)
 ]
 
 MaxPixels: TypeAlias = Annotated[int, _option("--max-pixels", help="Refuse larger pictures.", panel=_PICTURES)]

@@ -18,8 +18,8 @@ from mcv_runtime.command.streams import columns, secure_streams
 from mcv_runtime.errors import McvError, printable
 
 USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 1
-_NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
-"""What ONNX Runtime and huggingface_hub ask when they are imported: before, a command has to set it."""
+_NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+"""What ONNX Runtime, huggingface_hub and Ray ask when they are imported or started: before, a command has to set it."""
 _LONGEST = 2000
 """Characters of a complaint: what it quotes may be a stranger's."""
 
@@ -32,8 +32,8 @@ def run(app: typer.Typer, name: str, *, interrupted: str = "") -> NoReturn:
 def finish(work: Callable[[], int | None], name: str, *, interrupted: str = "") -> NoReturn:
     """Do `work` for the command `name` and exit the process; `interrupted` is what to say after Ctrl-C, SIGTERM or SIGHUP."""
     secure_streams()
-    for variable in _NO_TELEMETRY:
-        os.environ.setdefault(variable, "1")
+    for variable, value in _NO_TELEMETRY.items():
+        os.environ.setdefault(variable, value)
     try:
         with _ended_by_signals(), _logged_lines(name):
             code = work() or 0
