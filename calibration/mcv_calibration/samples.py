@@ -143,7 +143,7 @@ def folder_samples(folder: Path, prompts: Path | None = None, count: int = 32) -
         if shows:
             samples.append(sample if rows is not None else Sample(sample.images, next(questions)))
         else:
-            empty.append(f"{sample.images[0]} spans no more than {NARROW} of 256 levels".removeprefix(f"{folder}/"))
+            empty.append(f"{describe(sample.images[0])} spans no more than {NARROW} of 256 levels".removeprefix(f"{folder}/"))
     if empty and not samples:
         raise ImageError(
             f"no picture in {folder} spans more than {NARROW} of 256 levels, from which no ranges can be told; add real ones"
