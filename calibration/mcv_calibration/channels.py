@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,14 @@ class Channels:
         np.maximum(self.high, other.high, out=self.high)
         self.squares += other.squares
         self.rows += other.rows
+
+    @classmethod
+    def together(cls, parts: Sequence[Channels]) -> Channels:
+        """What all of them have seen."""
+        total = cls.from_arrays(parts[0].arrays())
+        for part in parts[1:]:
+            total.merge(part)
+        return total
 
     def divided(self, factors_K: NDArray[np.float32]) -> Channels:
         """Of the input divided by positive factors."""

@@ -78,7 +78,9 @@ def measure(
 
     `run` puts a sample through an engine whose graph is `module`. `inputs` are `layer_inputs(module)`; all of them are watched
     whatever the recipe says, so that another recipe finds them in the store. Factors are given for every layer of an input,
-    static or not: a norm that has taken them in feeds them all. Raises `CheckpointError` for activations that are not finite.
+    static or not: a norm that has taken them in feeds them all. A range holds what it would of a user's samples alone and of
+    those drawn beside them: many dark slices say nothing about the few bright ones, and would outnumber what these reach.
+    Raises `CheckpointError` for activations that are not finite.
     """
     static = {
         path
@@ -89,26 +91,39 @@ def measure(
     wanted = [one for one in inputs if static.intersection(one.layers)]
     if not wanted:
         return Measured()
-    watch = _Watch(module, run, samples, store, progress)
-    seen = watch.statistics([one.name for one in inputs], {}, "activations")
-    if missing := [one.name for one in wanted if one.name not in seen]:
+    watches = [_Watch(module, run, part, store, progress) for part in samples.parts()]
+    seen = [watch.statistics([one.name for one in inputs], {}, "activations") for watch in watches]
+    channels = {
+        one.name: Channels.together(found)
+        for one in wanted
+        if (found := [part[one.name].channels for part in seen if one.name in part])
+    }
+    if missing := [one.name for one in wanted if one.name not in channels]:
         raise OptionError(f"no sample reaches {missing[0]}: calibrate with samples that use it, or keep it in float")
     factors = {}
     for one in wanted:
-        found = smoothing_factors(
-            seen[one.name].channels, one.layers, weight, alpha=recipe.smoothing, folded=one.folded, shared=one.channels
+        factors_K = smoothing_factors(
+            channels[one.name], one.layers, weight, alpha=recipe.smoothing, folded=one.folded, shared=one.channels
         )
-        if found is not None:
-            factors[one.name] = found
+        if factors_K is not None:
+            factors[one.name] = factors_K
     if recipe.ranges == "minmax":
-        ranges = {one.name: _extremes(seen[one.name].channels, factors.get(one.name)) for one in wanted}
+        ranges = {one.name: _extremes(channels[one.name], factors.get(one.name)) for one in wanted}
     else:
-        smoothed = watch.statistics(list(factors), factors, "smoothed activations") if factors else {}
-        ranges = {one.name: find_range({**seen, **smoothed}[one.name].histogram, recipe.ranges) for one in wanted}
+        smoothed = [watch.statistics(list(factors), factors, "smoothed activations") if factors else {} for watch in watches]
+        of_parts = [{**part, **then} for part, then in zip(seen, smoothed, strict=True)]
+        ranges = {
+            one.name: _union([find_range(part[one.name].histogram, recipe.ranges) for part in of_parts if one.name in part])
+            for one in wanted
+        }
     return Measured(
         ranges={path: ranges[one.name] for one in wanted for path in one.layers if path in static},
         smoothing={path: factors[one.name] for one in wanted if one.name in factors for path in one.layers},
     )
+
+
+def _union(ranges: Sequence[Range]) -> Range:
+    return Range(min(each.low for each in ranges), max(each.high for each in ranges))
 
 
 def _extremes(channels: Channels, factors_K: NDArray[np.float32] | None) -> Range:

@@ -74,6 +74,11 @@ class SampleSet:
     enough: int | None = None
     calibrated: int = 0
 
+    def parts(self) -> tuple[SampleSet, ...]:
+        """A user's, and those drawn beside them."""
+        both = (tuple(sample for sample in self.samples if sample.overview is drawn) for drawn in (False, True))
+        return tuple(replace(self, samples=part) for part in both if part)
+
     def digests(self) -> frozenset[str]:
         """Of all pictures; a bundle remembers those that it was calibrated with."""
         return frozenset().union(*(sample.digests() for sample in self.samples))
@@ -109,7 +114,8 @@ def folder_samples(folder: Path, prompts: Path | None = None, count: int = 32) -
 
     `prompts` is a .txt file of questions, one a line, asked in turn, or a .jsonl file of rows `{"image": path, "prompt": text}`
     (`"images": [path, ...]` for several; `"answer": text` where it is known); paths start at that file or at the folder.
-    Raises `OptionError` where there is nothing to take, and `ImageError` if no picture can be opened or none shows anything.
+    Samples without a picture that shows anything are left out. Raises `OptionError` where there is nothing to take, and
+    `ImageError` if no picture can be opened or none shows anything.
     """
     _check(count)
     if not folder.is_dir():
@@ -125,23 +131,27 @@ def folder_samples(folder: Path, prompts: Path | None = None, count: int = 32) -
         candidates = iter(_spread(rows, count))
     samples: list[Sample] = []
     skipped: list[str] = []
-    shows = False
+    empty: list[str] = []
     for sample in candidates:
         if len(samples) == count:
             break
         try:
-            shows |= max(tuple(_shows_something(image) for image in sample.images))  # all are opened
+            shows = max(tuple(_shows_something(image) for image in sample.images))  # all are opened
         except ImageError as error:
             skipped.append(str(error).removeprefix(f"{folder}/"))
             continue
-        samples.append(sample if rows is not None else Sample(sample.images, next(questions)))
-    if not samples:
-        raise ImageError(f"{folder} holds no picture that can be opened ({skipped[0]}); put others there")
-    if not shows:
+        if shows:
+            samples.append(sample if rows is not None else Sample(sample.images, next(questions)))
+        else:
+            empty.append(f"{describe(sample.images[0])} spans no more than {NARROW} of 256 levels".removeprefix(f"{folder}/"))
+    if empty and not samples:
         raise ImageError(
             f"no picture in {folder} spans more than {NARROW} of 256 levels, from which no ranges can be told; add real ones"
         )
-    return SampleSet(tuple(samples), tuple(skipped), str(folder))
+    if not samples:
+        raise ImageError(f"{folder} holds no picture that can be opened ({skipped[0]}); put others there")
+    # Many that show nothing would bury the extremes of the others, and find nothing wrong with any bundle.
+    return SampleSet(tuple(samples), (*skipped, *empty), str(folder))
 
 
 def measuring_samples(count: int | None = None) -> SampleSet:
@@ -163,19 +173,28 @@ def calibrating_part(samples: SampleSet) -> SampleSet:
 
 
 def unseen(samples: SampleSet, calibrated: Collection[str]) -> SampleSet:
-    """Those of which no picture calibrated what is measured, by its digest; if there are none, others that are drawn here."""
+    """Those of which no picture calibrated what is measured, by its digest; if there are none, others that are drawn here.
+
+    Where the rest calibrated, some drawn ones too: of pictures all alike, those held out would find nothing wrong.
+    """
     kept = tuple(sample for sample in samples.samples if sample.digests().isdisjoint(calibrated))
+    if len(kept) == len(samples.samples):
+        return samples
     if kept:
-        return replace(samples, samples=kept, calibrated=len(samples.samples) - len(kept))
+        held_out = replace(samples, samples=kept, calibrated=len(samples.samples) - len(kept))
+        return with_drawn(held_out, _MEASURING)
     drawn = measuring_samples()
     source = f"{drawn.source}, as all of {samples.source} calibrated"
     return replace(drawn, source=source, skipped=samples.skipped, calibrated=len(samples.samples))
 
 
-def with_drawn(samples: SampleSet) -> SampleSet:
-    """A user's samples, and some of those drawn here: ranges of pictures all alike, dark ones say, would hold for no others."""
-    drawn = builtin_samples(BESIDE)
-    return replace(samples, samples=(*samples.samples, *drawn.samples), source=f"{samples.source} and {drawn.source}")
+def with_drawn(samples: SampleSet, seed: int = _CALIBRATING) -> SampleSet:
+    """A user's samples, and in turn some of those drawn here: what holds for pictures all alike, dark ones say, may hold for no
+    others."""
+    drawn = builtin_samples(BESIDE, seed)
+    pairs = itertools.zip_longest(samples.samples, drawn.samples)
+    mixed = tuple(sample for pair in pairs for sample in pair if sample is not None)
+    return replace(samples, samples=mixed, source=f"{samples.source} and {drawn.source}")
 
 
 def _check(count: int) -> None:

@@ -3,11 +3,13 @@
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mcv_calibration.formats import layer_formats
@@ -16,7 +18,7 @@ from mcv_calibration.measure import measure
 from mcv_calibration.measured import Measured
 from mcv_calibration.ranges import PERCENTILE
 from mcv_calibration.recipe import GraphRecipe
-from mcv_calibration.samples import Sample, SampleSet, builtin_samples
+from mcv_calibration.samples import Sample, SampleSet, builtin_samples, calibrating_part, folder_samples, with_drawn
 from mcv_calibration.store import Store
 from mcv_export.checkpoint import Checkpoint, open_checkpoint
 from mcv_export.eager import eager_module
@@ -161,6 +163,29 @@ def test_static_int8_holds_where_channels_are_outliers(outliers: Checkpoint, sam
     found = cosines(outliers, DEFAULT, calibrate(outliers, samples, DEFAULT, tmp_path))
     assert found.mean() > 0.999
     assert found.min() > 0.97
+
+
+def dark(folder: Path, levels: int, size: int, count: int = 15) -> Path:
+    """Pictures of nearly black noise, and a bright one, for which the folder is taken."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(count):
+        pixels = random.integers(0, levels, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    Image.fromarray(random.integers(0, 256, (60, 90, 3), dtype=np.uint8)).resize((size, size)).save(folder / "bright.png")
+    return folder
+
+
+@pytest.mark.parametrize("levels", [7, 60])
+def test_a_folder_of_dark_pictures_does_no_harm(levels: int, plain: Checkpoint, tmp_path: Path) -> None:
+    """Neither of those that show nothing, nor of those that leave the ranges of others to few drawn ones beside them."""
+    given = folder_samples(dark(tmp_path / "dark", levels, 300))
+    alone = replace(given, samples=tuple(sample for sample in given.samples if sample.images[0].name != "bright.png"))  # type: ignore[union-attr]
+    if alone.samples:
+        assert cosines(plain, DEFAULT, calibrate(plain, alone, DEFAULT, tmp_path / "alone")).mean() < 0.99  # a hard case
+    found = cosines(plain, DEFAULT, calibrate(plain, with_drawn(calibrating_part(given)), DEFAULT, tmp_path / "beside"))
+    assert found.mean() > 0.999
+    assert np.quantile(found, 0.01) > 0.99
 
 
 def test_the_outliers_change_nothing_in_float(plain: Checkpoint, outliers: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from mcv_calibration.drawn import KINDS, SIZES
 from mcv_calibration.samples import (
     ENOUGH,
     QUESTIONS,
+    SampleSet,
     builtin_samples,
     calibrating_part,
     folder_samples,
@@ -41,6 +43,11 @@ def folder(tmp_path: Path) -> Path:
 
 def names(samples: object) -> list[str]:
     return [Path(sample.images[0]).name for sample in samples.samples]  # type: ignore[attr-defined]
+
+
+def own(samples: SampleSet) -> SampleSet:
+    """Without those drawn beside them."""
+    return replace(samples, samples=tuple(sample for sample in samples.samples if not sample.overview))
 
 
 def test_all_pictures_with_questions_in_turn(folder: Path) -> None:
@@ -133,7 +140,9 @@ def test_a_single_grey_picture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no ranges"):
         folder_samples(tmp_path)
     picture(tmp_path / "real.png")
-    assert len(folder_samples(tmp_path).samples) == 3
+    found = folder_samples(tmp_path)
+    assert names(found) == ["real.png"]
+    assert found.skipped == ("a.png spans no more than 32 of 256 levels", "b.jpg spans no more than 32 of 256 levels")
 
 
 def test_the_hash_is_of_content(folder: Path) -> None:
@@ -195,10 +204,21 @@ def test_what_calibrates_does_not_measure(folder: Path) -> None:
     every = folder_samples(folder)
     calibrating = calibrating_part(every)
     measuring = unseen(every, calibrating.digests())
-    assert names(measuring) == ["3.PNG", "7.PNG"]
-    assert set(names(measuring)) | set(names(calibrating)) == set(names(every))
+    assert names(own(measuring)) == ["3.PNG", "7.PNG"]
+    assert set(names(own(measuring))) | set(names(calibrating)) == set(names(every))
     assert measuring.calibrated == len(calibrating.samples) == 8
     assert unseen(every, ()).samples == every.samples
+
+
+def test_what_calibrated_with_a_folder_is_measured_on_drawn_pictures_too(folder: Path) -> None:
+    """Of a folder all alike, what is held out finds nothing wrong; few of its samples are enough, so they take turns."""
+    every = folder_samples(folder)
+    calibrating = with_drawn(calibrating_part(every))
+    measuring = unseen(every, calibrating.digests())
+    assert len(measuring.samples) == 2 + 8
+    assert [sample.overview for sample in measuring.samples[:4]] == [False, True, False, True]
+    assert measuring.digests().isdisjoint(calibrating.digests())
+    assert measuring.describe() == f"10 samples from {folder} and the built-in pictures"
 
 
 def test_a_held_out_picture_is_asked_about_by_nobody_else(folder: Path, tmp_path: Path) -> None:
@@ -208,7 +228,7 @@ def test_a_held_out_picture_is_asked_about_by_nobody_else(folder: Path, tmp_path
     every = folder_samples(folder, prompts)
     calibrating = calibrating_part(every)
     assert names(calibrating) == ["0.jpg", "1.PNG", "2.jpg", "0.jpg"]
-    assert names(unseen(every, calibrating.digests())) == ["3.PNG", "3.PNG"]
+    assert names(own(unseen(every, calibrating.digests()))) == ["3.PNG", "3.PNG"]
 
 
 def test_others_are_drawn_where_all_calibrated(folder: Path) -> None:
@@ -224,13 +244,12 @@ def test_others_are_drawn_where_all_calibrated(folder: Path) -> None:
 def test_beside_a_users_pictures_some_are_drawn(tmp_path: Path) -> None:
     """Dark ones alone would leave no range for any other."""
     dark = noise(tmp_path / "dark", 60)
-    own = folder_samples(dark)
-    joined = with_drawn(own)
-    assert joined.samples[:3] == own.samples
-    drawn = joined.samples[3:]
+    given = folder_samples(dark)
+    joined = with_drawn(given)
+    assert own(joined).samples == given.samples
+    drawn = [sample for sample in joined.samples if sample.overview]
     assert len(drawn) >= 8
-    assert all(sample.overview for sample in drawn) and not any(sample.overview for sample in own.samples)
     brightness = [float(np.asarray(Image.open(io.BytesIO(sample.images[0])).convert("L")).mean()) for sample in drawn]  # type: ignore[arg-type]
     assert min(brightness) < 90 and max(brightness) > 170
     assert joined.describe() == f"{len(joined.samples)} samples from {dark} and the built-in pictures"
-    assert joined.content_hash() != own.content_hash()
+    assert joined.content_hash() != given.content_hash()
