@@ -1,9 +1,10 @@
 """Ask MiniCPM-V models about pictures with ONNX Runtime, without torch: start with `load`."""
 
+from typing import TYPE_CHECKING
+
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.conversation.chat import Chat
 from mcv_runtime.decoding.ticket import Ticket
-from mcv_runtime.distributed.columns import ColumnAnswerer
 from mcv_runtime.documents.document import Document, Page
 from mcv_runtime.engine import Engine, load
 from mcv_runtime.errors import (
@@ -31,6 +32,9 @@ from mcv_runtime.request.request import Request
 from mcv_runtime.text.grounding import Region, locate
 from mcv_runtime.text.prompts import Prompt
 from mcv_runtime.text.reading import read_as
+
+if TYPE_CHECKING:
+    from mcv_runtime.distributed.columns import ColumnAnswerer
 
 __all__ = [
     "Answer",
@@ -72,3 +76,11 @@ __all__ = [
     "locate",
     "read_as",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "ColumnAnswerer":  # with all that reads tables, which most do not need
+        from mcv_runtime.distributed.columns import ColumnAnswerer
+
+        return ColumnAnswerer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

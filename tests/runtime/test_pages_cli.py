@@ -12,6 +12,7 @@ from mcv_runtime.batch.rows import Defaults, Paging
 from mcv_runtime.command import cli
 from mcv_runtime.command.batch_cli import answer_batch
 from mcv_runtime.command.chat_cli import TerminalChat
+from mcv_runtime.command.pages_cli import PageAnswers
 
 DEMO = "models/tiny/demo.png"
 QUESTION = "What does the text say?"
@@ -92,9 +93,7 @@ def test_pages_that_are_read_out(report, capsys):
 
 def test_a_page_that_is_read_out_ends_where_it_goes_round(engine, report, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        cli.PageAnswers, "run", lambda self, prompt, system, options, report: seen.append((prompt, options)) or 0
-    )
+    monkeypatch.setattr(PageAnswers, "run", lambda self, prompt, system, options, report: seen.append((prompt, options)) or 0)
     run(capsys, "--image", report, "--to", "markdown")
     run(capsys, "--image", report, "--to", "text", "--repeat-guard", 32, "-n", 9)
     assert [prompt for prompt, _ in seen] == [read_as("markdown"), read_as("text")]

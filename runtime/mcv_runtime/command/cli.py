@@ -16,16 +16,10 @@ from typing import Annotated, Any
 import typer
 
 from mcv_runtime.batch.answer_fields import completion_report, regions_report
-from mcv_runtime.batch.remote import fetched_folders, place_of
-from mcv_runtime.batch.rows import Defaults, Paging
 from mcv_runtime.bundle import folder as bundles
-from mcv_runtime.command import cli_options, terminal, tune_cli
-from mcv_runtime.command.batch_cli import BATCH_SIZE, answer_batch, check_batch, run_batch
-from mcv_runtime.command.chat_cli import TerminalChat, chat_lines
-from mcv_runtime.command.pages_cli import PageAnswers
+from mcv_runtime.command import cli_options, terminal
 from mcv_runtime.command.progress_bar import ProgressBar, print_answer
 from mcv_runtime.command.streams import is_closed
-from mcv_runtime.distributed.ray_workers import RayWorkers
 from mcv_runtime.documents.document import DPI, Document
 from mcv_runtime.engine import load
 from mcv_runtime.errors import OptionError
@@ -133,7 +127,12 @@ def run(
     )
     folder = cli_options.chosen_bundle(bundle)
     is_demo = folder == bundles.DEFAULT
+    # What not every command needs is imported where it is needed: a short question is mostly imports.
     if batch is not None:
+        from mcv_runtime.batch.remote import fetched_folders, place_of
+        from mcv_runtime.batch.rows import Defaults, Paging
+        from mcv_runtime.command.batch_cli import BATCH_SIZE, answer_batch, check_batch, run_batch
+
         size = BATCH_SIZE if batch_size is None else batch_size
         source = place_of(batch)
         target = check_batch(source, None if out is None else place_of(out), size)
@@ -152,15 +151,21 @@ def run(
         )
         if engine is not None:
             return answer_batch(engine, source, target, defaults, size)
+        from mcv_runtime.distributed.ray_workers import RayWorkers
+
         with RayWorkers(folder, load_options, size, model=model, address=address, workers=workers) as answerers:
             return run_batch(answerers, source, target, defaults)
     if chat:
+        from mcv_runtime.command.chat_cli import TerminalChat, chat_lines
+
         talk = TerminalChat(load(folder, **load_options), system=system, options=options, max_pixels=max_pixels)
         talk.show(seen)
         _say(_DEMO if is_demo else "")
         return talk.run(itertools.chain([prompt] if prompt else [], chat_lines()))
     engine = load(folder, **load_options)
     if each_page:
+        from mcv_runtime.command.pages_cli import PageAnswers
+
         code = PageAnswers(engine, documents, "json" if as_json else to or "text", max_pixels=max_pixels).run(
             prompt, system, options, partial(report, regions=bool(options.grounding))
         )
@@ -261,7 +266,12 @@ def _peak_rss_mb() -> float | None:
 def main() -> None:
     """Entry point of `mcv-run`."""
     warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata and large pictures: the user has our own line
-    terminal.run(tune_cli.app if sys.argv[1:2] == ["tune"] else app, "mcv-run")
+    if sys.argv[1:2] == ["tune"]:
+        from mcv_runtime.command import tune_cli
+
+        terminal.run(tune_cli.app, "mcv-run")
+    else:
+        terminal.run(app, "mcv-run")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from mcv_runtime.decoding.job import Job
 from mcv_runtime.errors import OptionError
+
+if TYPE_CHECKING:
+    import asyncio
 
 _POLL_S = 0.05
 """How often who waits for another thread's work looks whether to go on."""

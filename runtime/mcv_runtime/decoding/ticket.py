@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -87,6 +86,8 @@ class Ticket(Iterator[str], AsyncIterator[str]):
 
     async def _news(self, ready: Callable[[], bool]) -> None:
         """Wait without blocking the event loop; one thread of its executor works for all that are awaited."""
+        import asyncio  # who awaits has it already; for others it is slow to import
+
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
