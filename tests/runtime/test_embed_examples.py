@@ -68,7 +68,7 @@ def test_names_of_the_text_are_real():
         *(field.name for field in dataclasses.fields(mcv_runtime.Options)),
         *mcv_runtime.load.__annotations__,
     }
-    known |= {*dir(mcv_runtime.Answer), "None", "load", "engine.ask_messages", "mcv_runtime.__all__", "onnxruntime"}
+    known |= {*dir(mcv_runtime.Answer), "None", "load", "engine.ask_messages", "mcv_runtime.__all__", "onnxruntime", "openvino"}
     for name in re.findall(r"`([a-z_.A-Z]+)`", prose):
         assert name in known, name
     assert hasattr(mcv_runtime.Engine, "ask_messages")

@@ -47,6 +47,7 @@ def test_pictures_and_answers_are_those_of_onnx_runtime(openvino, bundle_of, eng
             assert answers[0] == answers[1]
 
 
+@pytest.mark.waits
 def test_threads_share_a_session(openvino, bundle_of):
     path = next((bundle_of("minicpmv2_6") / "onnx").glob("resampler*.onnx"))
     sessions = [factory(path, session_options(1)) for factory in (cpu_session, openvino_session("openvino"))]

@@ -30,6 +30,7 @@ def test_whatever_a_body_holds_it_is_no_error(body):
     assert picture_key(body) == ""
 
 
+@pytest.mark.waits
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no Ray here: pip install '.[ray]'")
 def test_arguments_that_ray_s_application_does_not_know():
     code = (
