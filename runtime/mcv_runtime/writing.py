@@ -16,13 +16,13 @@ _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
 
 
 @contextmanager
-def replacing(path: Path, *, mode: int = 0o600) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, partial: Path | None = None, mode: int = 0o600) -> Iterator[BinaryIO]:
     """A new file, to read and write, that takes the name once it is written and on the disk; a failure leaves nothing.
 
-    Until then its name is `.NAME.` with random digits, so that any number of processes may do so at once.
+    Until then its name is `partial`, or else `.NAME.` with random digits, so that any number of processes may do so at once.
     Raises `OSError`.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    partial = partial or path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with open(partial, "x+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mcv_runtime.errors import OutputError
-from mcv_runtime.writing import sync, sync_folder
+from mcv_runtime.writing import replacing, sync_folder
 
 
 @contextmanager
@@ -21,14 +21,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     partial = path.with_name(f"{path.name}.partial")
     if is_there(partial):
         partial.unlink()
-    try:
-        with partial.open("xb") as file:
-            yield file
-            sync(file)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path, partial=partial, mode=0o666) as file:
+        yield file
     sync_folder(path.parent)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from mcv_runtime.errors import OutputError
 from mcv_runtime.files import open_regular
 from mcv_runtime.locks import try_lock
+from mcv_runtime.writing import sync
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -115,8 +116,7 @@ class PictureStore:
                     return
                 file.write(_HEADER.pack(_MAGIC, _digest(key, values), *values.shape))
                 file.write(values.data)
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
                 if _may_become(self._path(key)):
                     partial.replace(self._path(key))
             finally:
