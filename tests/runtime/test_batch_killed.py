@@ -13,6 +13,7 @@ ROWS = 250
 RUN = """
 import sys
 from pathlib import Path
+from mcv_runtime import writing
 from mcv_runtime.batch import answer_table, answers, whole_file
 from mcv_runtime.batch.rows import Defaults
 from mcv_runtime.command.batch_cli import answer_batch
@@ -45,7 +46,8 @@ def stopped(owner, name, times):
 folder, where, times = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if where:
     owner, name = where.split(".")
-    stopped({"answers": answers.BatchOutput, "table": answer_table, "whole": whole_file}[owner], name, times)
+    owners = {"answers": answers.BatchOutput, "table": answer_table, "whole": whole_file, "writing": writing}
+    stopped(owners[owner], name, times)
 defaults = Defaults(prompt="", system=None, options=Options(), model="echo")
 sys.exit(answer_batch(Echo(), folder / "in.parquet", folder / "out.parquet", defaults, 3))
 """
@@ -106,7 +108,7 @@ def test_a_table_that_goes_on_is_whole_wherever_that_is_killed(folder):
     assert run(folder) == 0
     numbers = [*range(5, 100), 1000, *range(120, ROWS)]
     put(folder, numbers)  # some rows go, one is new
-    for where, times in [("whole.sync", 1), ("whole.sync_folder", 1), ("answers.settle", 1), ("answers.write", 99)]:
+    for where, times in [("writing.sync", 1), ("whole.sync_folder", 1), ("answers.settle", 1), ("answers.write", 99)]:
         assert run(folder, where, times) == -9
         assert found(folder) == wanted(range(ROWS))
     assert run(folder) == 0
