@@ -260,7 +260,16 @@ def golden_root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def traced_once() -> Iterator[None]:
+    """For all builds from here on; see there."""
+    import traced_once
+
+    with traced_once.traced_once():
+        yield
+
+
+@pytest.fixture(scope="session")
+def bundle_of(tmp_path_factory: pytest.TempPathFactory, traced_once: None) -> Callable[..., Path]:
     """The bundle of a family's golden checkpoint, by default fp32, built once for all processes of a run; nobody changes it."""
     from mcv_export.build import BuildOptions, build
 

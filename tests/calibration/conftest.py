@@ -12,6 +12,11 @@ import pytest
 from mcv_calibration.samples import Sample
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(traced_once: None) -> None:
+    """All that is built here."""
+
+
 @pytest.fixture(scope="session")
 def few_samples(golden_root: Path) -> tuple[Sample, ...]:
     pictures = sorted((golden_root / "images").iterdir())[:2]

@@ -14,6 +14,11 @@ from safetensors.torch import load_file, save_file
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(traced_once: None) -> None:
+    """All that is built here."""
+
+
 @pytest.fixture
 def copied(golden_root: Path, tmp_path: Path) -> Callable[[str], Path]:
     """Copies a family's golden checkpoint."""

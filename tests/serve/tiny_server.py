@@ -51,6 +51,7 @@ class Running:
     def __init__(self, engine: Engine | Callable[[], Engine], settings: Settings, *, keep_engine: bool = True) -> None:
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
+        self.socket.listen()  # before anybody asks whether the server is ready
         self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
 
         def opened() -> Service:
