@@ -45,6 +45,9 @@ class Heard:
     """Seconds to the first of the text."""
     gaps: list[float] = field(default_factory=list)
     tokens: int = 0
+    prompt: int = 0
+    """Tokens, of which so many were known:"""
+    known: int = 0
     again: bool = False
     """Whether the picture had been asked about before."""
 
@@ -81,7 +84,9 @@ async def ask(client: httpx.AsyncClient, picture: int, question: str, tokens: in
             chunk = json.loads(line[6:])
             if "error" in chunk:
                 raise RuntimeError(chunk["error"]["message"])
-            heard.tokens = (chunk.get("usage") or {}).get("completion_tokens", heard.tokens)
+            if usage := chunk.get("usage"):
+                heard.tokens, heard.prompt = usage["completion_tokens"], usage["prompt_tokens"]
+                heard.known = usage["prompt_tokens_details"]["cached_tokens"]
             for piece in (choice["delta"].get("content") for choice in chunk["choices"]):
                 if piece:
                     now = time.perf_counter()
@@ -160,6 +165,19 @@ def wrong(heard: list[Heard], bundle: Path | None, tokens: int, threads: int) ->
     ]
 
 
+def work(heard: list[Heard]) -> dict[str, Any]:
+    """What was asked, in medians: for a simulation of the same."""
+    new, again = ([one for one in heard if one.again == known] for known in (False, True))
+    return {
+        "slices": 1,  # as small as the pictures are
+        "prompt": round(float(np.median([one.prompt for one in new]))),
+        "prompt_again": round(float(np.median([one.prompt for one in again]))),
+        "known_again": round(float(np.median([one.known for one in again]))),
+        "questions": len(QUESTIONS),
+        "lengths": sorted(one.tokens for one in heard),
+    }
+
+
 def run(bundle: Path | None, count: int, minutes: float, tokens: int, threads: int) -> dict[str, Any]:
     """One server and so many clients."""
     named = [] if bundle is None else [str(bundle)]
@@ -185,6 +203,7 @@ def run(bundle: Path | None, count: int, minutes: float, tokens: int, threads: i
         "lost": lost,
         "wrong": len(false),
         "examples_of_wrong": false[:3],
+        "work": work(heard),
         "answers_per_s": round(len(heard) / seconds, 3),
         "tokens_per_s": round(sum(one.tokens for one in heard) / seconds, 2),
         "first_text_ms": percentiles([one.first for one in heard if not one.again and one.text]),

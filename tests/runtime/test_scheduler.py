@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,35 +24,8 @@ def engine():
     return load(threads=1)
 
 
-@pytest.fixture(scope="module")
-def tiny_bundle(tmp_path_factory):
-    from mcv_export.build import BuildOptions, build
-
-    return build(DEMO.parent / "checkpoint", tmp_path_factory.mktemp("tiny") / "bundle", BuildOptions(precision="fp32")).folder
-
-
-@pytest.fixture(scope="module")
-def hybrid(bundle_of):
-    return bundle_of("minicpmv4_6")
-
-
 def request(question=CAPTION, picture=DEMO, **options):
     return Request(picture, question, options=Options(**options))
-
-
-@pytest.mark.waits
-@pytest.mark.parametrize("bundle", ["tiny_bundle", "hybrid"])
-def test_requests_that_come_and_go_are_answered_as_if_alone(bundle, request):
-    """`benchmarks/storm.py` does this a thousand times."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        from storm import storm
-    finally:
-        del sys.path[0]
-    found = storm(request.getfixturevalue(bundle), rounds=3, first_seed=0)
-    assert found["requests"] == 120
-    assert found["wrong_by_case"] == {}
-    assert found["missing"] == found["stuck_rounds"] == found["beyond_memory"] == 0
 
 
 def test_while_a_prompt_is_read_others_go_on(engine):
