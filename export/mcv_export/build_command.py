@@ -11,13 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mcv_calibration.precisions import PRECISIONS, Precision
 from mcv_calibration.target import Target
-from mcv_export.command import Adapters, CacheDir, Calibration, Json, MaxKL, Prompts, Revision, bars, megabytes, open_samples
+from mcv_export.command import (
+    Adapters,
+    CacheDir,
+    Calibration,
+    Json,
+    MaxKL,
+    Prompts,
+    Revision,
+    bars,
+    megabytes,
+    open_samples,
+    print_table,
+)
 from mcv_export.memory import peak_rss_mb
 from mcv_export.precision import Wishes
 from mcv_export.recipe_file import RecipeFile
@@ -181,7 +192,7 @@ def print_result(result: BuildResult) -> None:
         table.add_row(built.name, built.precision, file, megabytes(built.size), f"{built.seconds:.1f} s")
     total = sum(file.size for file in result.manifest.files.values())
     table.add_row("all", "", escape(str(result.folder)), megabytes(total), f"{result.seconds:.1f} s")
-    Console().print(table)
+    print_table(table)
     typer.echo(
         f"peak memory {peak_rss_mb():.0f} MB\n"
         f"ask it something: mcv-run -m {shlex.quote(str(result.folder))} --image photo.jpg --prompt 'What is this?'"

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 if TYPE_CHECKING:
     from mcv_calibration.samples import SampleSet
@@ -66,6 +68,13 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
     finally:
         if tasks:
             progress.stop()
+
+
+def print_table(table: Table) -> None:
+    """To stdout, as wide as it has to be: a name that is cut to a terminal's width can be neither read nor copied."""
+    console = Console()
+    needed = Measurement.get(console, console.options.update(max_width=1 << 16), table).maximum
+    Console(width=max(console.width, needed)).print(table)
 
 
 def open_samples(options: SampleOptions) -> SampleSet:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mcv_calibration.accuracy import Speed
 from mcv_calibration.gate import costliest
 from mcv_calibration.intervals import Share
 from mcv_calibration.report import BundleReport, Report
+from mcv_export.command import print_table
 
 _UNKNOWN = Speed(vision_s=None, prefill_tokens_per_s=None, decode_tokens_per_s=None)
 
@@ -21,7 +21,7 @@ def print_report(report: Report) -> None:
     table = Table("", "MB", "KL", "agree", "same", "right", "ms/slice", "prefill/s", "decode/s", box=None, pad_edge=False)
     for bundle in (report.reference, *report.bundles):
         table.add_row(*_row(bundle))
-    Console().print(table)
+    print_table(table)
     left_out = f"; {report.calibrated} more calibrated" if report.calibrated else ""
     typer.echo(f"on {len(report.samples)} samples from {report.source} that calibrated nothing{left_out}")
     typer.echo("same, right: answers that are the reference's, that are known to be right; /s: tokens a second")
