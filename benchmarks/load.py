@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,16 +166,20 @@ def wrong(heard: list[Heard], bundle: Path | None, tokens: int, threads: int) ->
     ]
 
 
+def _middle(tokens: list[int]) -> int:
+    return round(float(np.median(tokens))) if tokens else 0
+
+
 def work(heard: list[Heard]) -> dict[str, Any]:
     """What was asked, in medians: for a simulation of the same."""
     new, again = ([one for one in heard if one.again == known] for known in (False, True))
     return {
         "slices": 1,  # as small as the pictures are
-        "prompt": round(float(np.median([one.prompt for one in new]))),
-        "prompt_again": round(float(np.median([one.prompt for one in again]))),
-        "known_again": round(float(np.median([one.known for one in again]))),
+        "prompt": _middle([one.prompt for one in new]),
+        "prompt_again": _middle([one.prompt for one in again]),
+        "known_again": _middle([one.known for one in again]),
         "questions": len(QUESTIONS),
-        "lengths": sorted(one.tokens for one in heard),
+        "lengths": dict(sorted(Counter(one.tokens for one in heard).items())),
     }
 
 

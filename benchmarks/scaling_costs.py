@@ -24,6 +24,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,15 +165,10 @@ def measure(bundle: Path, threads: int, rounds: int, longest: int) -> dict[str, 
         prompts = Prompts(engine)
         engine.warm_up()
         slices(engine, 1)
-        cases: list[tuple[str, Callable[[], dict[str, float]]]] = []
-        for count in SLICES:
-            cases.append(("slices", lambda count=count: slices(engine, count)))  # type: ignore[misc]
-        for tokens in (one for one in PROMPTS if one <= longest):
-            cases.append(("prompt", lambda tokens=tokens: prompt(engine, prompts, tokens)))  # type: ignore[misc]
-        for rows in ROWS:
-            cases.append(("step", lambda rows=rows: step(engine, prompts, rows, CONTEXTS[0])))  # type: ignore[misc]
-        for context in (one for one in CONTEXTS[1:] if one <= longest):
-            cases.append(("step", lambda context=context: step(engine, prompts, 1, context)))  # type: ignore[misc]
+        cases = [("slices", partial(slices, engine, count)) for count in SLICES]
+        cases += [("prompt", partial(prompt, engine, prompts, tokens)) for tokens in PROMPTS if tokens <= longest]
+        cases += [("step", partial(step, engine, prompts, rows, CONTEXTS[0])) for rows in ROWS]
+        cases += [("step", partial(step, engine, prompts, 1, context)) for context in CONTEXTS[1:] if context <= longest]
         for number in range(rounds):
             random.Random(number).shuffle(cases)
             for name, case in cases:

@@ -16,7 +16,7 @@ import argparse
 import json
 import random
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import simpy
 
-BESIDE_S, ALONE_S, SMALLEST = 0.4, 4.0, 16
-"""Of `mcv_runtime.decoding.prompt_pace`."""
+from mcv_runtime.decoding.prompt_pace import PromptPace
+from mcv_runtime.engine import MAX_ROWS
+from mcv_runtime.request.options import PREFILL_CHUNK
+
 SEED = 0
 
 
@@ -75,10 +77,6 @@ class Costs:
         fixed, each, squared = self._prompt
         return float(fixed + each * tokens + squared * ((start + tokens) ** 2 - start**2) / 2)
 
-    @property
-    def token_s(self) -> float:
-        return self.read(0, 64) / 64
-
     def step(self, contexts: list[int]) -> float:
         return float(np.interp(len(contexts), self._rows, self._steps) + self._context * sum(contexts))
 
@@ -109,8 +107,8 @@ class Asked:
 class Engine:
     """The scheduler's turns."""
 
-    def __init__(self, env: simpy.Environment, costs: Costs, max_rows: int = 16) -> None:
-        self.env, self.costs, self._max_rows = env, costs, max_rows
+    def __init__(self, env: simpy.Environment, costs: Costs) -> None:
+        self.env, self.costs, self._pace = env, costs, PromptPace()
         self._waiting: deque[Asked] = deque()
         self._active: list[Asked] = []
         self._come = env.event()
@@ -125,7 +123,7 @@ class Engine:
     def _run(self) -> Generator[simpy.Event, Any, None]:
         long_is_due, oldest_is_due = False, True
         while True:
-            while self._waiting and len(self._active) < self._max_rows:
+            while self._waiting and len(self._active) < MAX_ROWS:
                 self._active.append(self._waiting.popleft())
             if not self._active:
                 self._come = self.env.event()
@@ -146,7 +144,7 @@ class Engine:
             yield self._long(reading[0], beside=bool(running))
 
     def _left(self, one: Asked) -> float:
-        return one.slices * self.costs.encode(1) + (one.prompt - one.read) * self.costs.token_s
+        return one.slices * self.costs.encode(1) + (one.prompt - one.read) * (self._pace.token_s or 0)
 
     def _long(self, one: Asked, *, beside: bool) -> simpy.Event:
         if one.besides:
@@ -156,9 +154,9 @@ class Engine:
             count = 1 if beside else one.slices
             one.slices -= count
             return self._spend("slices", self.costs.encode(count))
-        fit = int((BESIDE_S if beside else ALONE_S) / self.costs.token_s) // SMALLEST * SMALLEST
-        count = min(max(fit, SMALLEST), 512, one.prompt - one.read)
+        count = min(self._pace.tokens(PREFILL_CHUNK, beside=beside), one.prompt - one.read)
         seconds = self.costs.read(one.read, count)
+        self._pace.note(count, seconds)
         event = self._spend("prompt", seconds)
         one.read += count
         if one.decoding:
@@ -187,14 +185,15 @@ class Work:
     known_again: int
     questions: int
     """About each picture."""
-    lengths: list[int]
-    """Tokens of answers; one is drawn for each."""
+    lengths: dict[str, int]
+    """Tokens of answers, and how many were so long; one is drawn for each."""
 
 
 def simulate(costs: Costs, work: Work, clients: int, seconds: float, besides: float = 0.0) -> dict[str, Any]:
     """So many clients, each of which asks its next question when it has the answer."""
     env, draw = simpy.Environment(), random.Random(SEED)
     engine, done = Engine(env, costs), []
+    lengths, weights = [int(tokens) for tokens in work.lengths], list(work.lengths.values())
 
     def client() -> Generator[simpy.Event, Any, None]:
         while True:
@@ -206,7 +205,7 @@ def simulate(costs: Costs, work: Work, clients: int, seconds: float, besides: fl
                     slices=work.slices if new else 0,
                     prompt=work.prompt if new else work.prompt_again,
                     known=0 if new else work.known_again,
-                    tokens=draw.choice(work.lengths),
+                    tokens=draw.choices(lengths, weights)[0],
                     arrived=env.now,
                     over=env.event(),
                     besides=besides,
@@ -251,11 +250,13 @@ def checked(costs: Costs, loaded: dict[str, Any]) -> dict[str, Any]:
 
 def elsewhere(measured: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any]]:
     """Pages a day of other machines: a picture of ten slices, and an answer as long as a page of text."""
-    page = Work(slices=10, prompt=10 * 64 + 40, prompt_again=0, known_again=0, questions=1, lengths=[400, 500, 600])
+    page = Work(
+        slices=10, prompt=10 * 64 + 40, prompt_again=0, known_again=0, questions=1, lengths={"400": 1, "500": 1, "600": 1}
+    )
     found = []
     for machine in (Machine("here", 1, limits["int8_gops"], limits["read_gb_per_s"], 0.0), *MACHINES):
         costs = Costs(measured, limits["int8_gops"] / machine.int8_gops, limits["read_gb_per_s"] / machine.read_gb_per_s)
-        one, full = simulate(costs, page, 1, 4 * 3600), simulate(costs, page, 16, 8 * 3600)
+        one, full = simulate(costs, page, 1, 4 * 3600), simulate(costs, page, MAX_ROWS, 8 * 3600)
         a_day = 86_400 * machine.processes * full["answers_per_s"]
         found.append(
             {
@@ -274,6 +275,11 @@ def _rounded(result: dict[str, Any]) -> dict[str, Any]:
     return {name: round(one, 4) if isinstance(one, float) else one for name, one in result.items()}
 
 
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("costs", type=Path)
@@ -281,13 +287,12 @@ def main() -> None:
     parser.add_argument("--load", type=Path, help="A result of load.py for the same bundle on the same machine.")
     parser.add_argument("--limits", type=Path, help="What peers/limits.py says here.")
     given = parser.parse_args()
-    read: Callable[[Path], dict[str, Any]] = lambda path: json.loads(path.read_text(encoding="utf-8"))  # noqa: E731
-    measured = read(given.costs)
+    measured = _read(given.costs)
     result: dict[str, Any] = {"bundle": measured["bundle"], "machine": measured["machine"], "seed": SEED}
     if given.load is not None:
-        result["against_measured"] = checked(Costs(measured), read(given.load))
+        result["against_measured"] = checked(Costs(measured), _read(given.load))
     if given.limits is not None:
-        result["limits_here"] = read(given.limits)
+        result["limits_here"] = _read(given.limits)
         result["elsewhere"] = elsewhere(measured, result["limits_here"])
     given.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

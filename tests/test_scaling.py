@@ -26,14 +26,14 @@ def simulation():
 
 
 def work(simulation, **changes):
-    usual = {"slices": 3, "prompt": 200, "prompt_again": 0, "known_again": 0, "questions": 1, "lengths": [10]}
+    usual = {"slices": 3, "prompt": 200, "prompt_again": 0, "known_again": 0, "questions": 1, "lengths": {"10": 1}}
     return simulation.Work(**usual | changes)
 
 
 def test_one_client_takes_the_sum_of_the_costs(simulation):
     costs = simulation.Costs(COSTS)
     found = simulation.simulate(costs, work(simulation), 1, 1)
-    first = 0.5 + 3 + 0.1 + 2 + 1e-5 * 200**2 / 2
+    first = 0.5 + 3 + 2 * 0.1 + 2 + 1e-5 * 200**2 / 2  # in two pieces: nothing is known of its pace yet
     assert found["first_text_ms"]["p50"] == pytest.approx(1e3 * first, abs=0.01)
     steps = sum(0.05 + 0.01 + 1e-4 * (200 + made) for made in range(1, 10))
     assert 1 / found["answers_per_s"] == pytest.approx(first + steps)
@@ -41,12 +41,12 @@ def test_one_client_takes_the_sum_of_the_costs(simulation):
 
 def test_rows_together_take_less_than_one_by_one(simulation):
     costs = simulation.Costs(COSTS)
-    alone, eight = (simulation.simulate(costs, work(simulation, lengths=[50]), count, 500) for count in (1, 8))
+    alone, eight = (simulation.simulate(costs, work(simulation, lengths={"50": 1}), count, 500) for count in (1, 8))
     assert 1 < eight["answers_per_s"] / alone["answers_per_s"] < 8
 
 
 def test_nobody_who_decodes_waits_for_more_than_a_slice(simulation):
-    found = simulation.simulate(simulation.Costs(COSTS), work(simulation, slices=9, lengths=[50]), 4, 500)
+    found = simulation.simulate(simulation.Costs(COSTS), work(simulation, slices=9, lengths={"50": 1}), 4, 500)
     one_slice, step_of_four = 1.5, 0.05 + 0.04 + 4 * 1e-4 * 250
     assert found["between_pieces_ms"]["p99"] <= 1e3 * (one_slice + step_of_four)
 

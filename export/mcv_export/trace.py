@@ -125,7 +125,7 @@ _operators = cache(ONNXRegistry.from_torchlib)
 
 
 def _operators_once() -> AbstractContextManager[object]:
-    """The exporter reads the sources of its 2,000 operators anew for every graph, a third of what a small one takes."""
+    """The exporter reads the sources of its 2,000 operators anew for every graph: much of the time of a small one."""
     return patch.object(ONNXRegistry, "from_torchlib", staticmethod(_operators))
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mcv_export import cli
+
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _traced_once(traced_once: None) -> None:
     """All that is built here."""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`mcv-export` with these arguments, in this process: its exit code, and what it printed to stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mcv-export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(exit_info.value.code or 0), printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import pytest
 from safetensors.torch import save_file
 
 from mcv_calibration.precisions import Precision
-from mcv_export import cli
 from mcv_export.adapters import Adapter, find_adapter, open_merged
 from mcv_export.build import BuildOptions, build
 from mcv_export.checkpoint import open_checkpoint
@@ -21,18 +20,6 @@ from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.errors import CheckpointError, OptionError
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8}
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mcv-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(exit_info.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

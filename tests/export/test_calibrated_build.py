@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from mcv_calibration.recipe import GraphRecipe, Recipe
 from mcv_calibration.target import this_machine
-from mcv_export import cli
 from mcv_export.build import BuildOptions, BuildResult, build
 from mcv_export.calibrate import SampleOptions
 from mcv_export.precision import Wishes
@@ -26,6 +24,8 @@ from mcv_export.verify import compare
 from mcv_graphs.siglip import SiglipTower
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.errors import CheckpointError, OptionError
+
+Run = Callable[..., tuple[int, str, str]]
 
 STATIC = GraphRecipe(precision="int8-static", prune_ffn=0.3)
 RECIPES: dict[str, Recipe] = {
@@ -119,19 +119,8 @@ def test_another_checkpoint_is_noticed(result: BuildResult, family: str, golden_
         compare(Bundle.open(result.folder), tmp_path)
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["mcv-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        return int(exit_info.value.code or 0), capsys.readouterr().err
-
-    return run
-
-
 def test_options_go_over_the_recipe_file_and_its_graphs_over_what_it_says_of_all(
-    run: Callable[..., tuple[int, str]],
+    run: Run,
     recipe: Callable[..., tuple[object, ...]],
     golden_root: Path,
     samples: SampleOptions,
@@ -152,7 +141,7 @@ def test_options_go_over_the_recipe_file_and_its_graphs_over_what_it_says_of_all
         },
         num_samples=2,
     )
-    code, told = run("build", source, out, *given, *how, *file)
+    code, _, told = run("build", source, out, *given, *how, *file)
     assert code == 0
     assert "calibrated with 10 samples from " in told  # eight drawn ones beside the two
     written = Bundle.open(out).manifest
@@ -217,7 +206,7 @@ def test_what_is_not_observed_is_computed_once(
 def test_recipe_files_that_make_no_sense(
     keys: dict[str, Any],
     words: str,
-    run: Callable[..., tuple[int, str]],
+    run: Run,
     recipe: Callable[..., tuple[object, ...]],
     golden_root: Path,
     tmp_path: Path,
@@ -233,14 +222,12 @@ def test_recipe_files_that_make_no_sense(
         (["--vision", "int8-static", "--prompts", "x.txt"], "--calibration"),
     ],
 )
-def test_wishes_that_make_no_sense(
-    arguments: list[str], words: str, run: Callable[..., tuple[int, str]], golden_root: Path, tmp_path: Path
-) -> None:
+def test_wishes_that_make_no_sense(arguments: list[str], words: str, run: Run, golden_root: Path, tmp_path: Path) -> None:
     refused(run, golden_root, tmp_path, words, *arguments)
 
 
-def refused(run: Callable[..., tuple[int, str]], golden_root: Path, tmp_path: Path, words: str, *arguments: object) -> None:
-    code, told = run("build", golden_root / "minicpmv2_6" / "checkpoint", tmp_path / "bundle", *arguments)
+def refused(run: Run, golden_root: Path, tmp_path: Path, words: str, *arguments: object) -> None:
+    code, _, told = run("build", golden_root / "minicpmv2_6" / "checkpoint", tmp_path / "bundle", *arguments)
     assert code == 2
     assert words in told
     assert told.strip().count("\n") == 0

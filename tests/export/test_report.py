@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,24 +9,11 @@ import pytest
 
 from mcv_calibration.gate import Gate
 from mcv_calibration.samples import folder_samples
-from mcv_export import cli
 from mcv_export.report import judge
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.errors import GateError
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mcv-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(exit_info.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Builds with a gate: refused without a trace, or searched for and replayed."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from mcv_calibration.accuracy import compare
 from mcv_calibration.contender import Contender
 from mcv_calibration.samples import builtin_samples
 from mcv_calibration.sensitivity import blocks, sensitivities
-from mcv_export import cli
 from mcv_export.checkpoint import open_checkpoint
 from mcv_export.eager import eager_module
 from mcv_export.families.minicpmv2_6 import FAMILY
@@ -21,19 +19,8 @@ from mcv_graphs.formats import WeightFormat
 from mcv_graphs.layers import Linear
 from mcv_runtime.bundle.folder import Bundle
 
-Run = Callable[..., tuple[int, str]]
+Run = Callable[..., tuple[int, str, str]]
 Recipe = Callable[..., tuple[object, ...]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["mcv-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        return int(exit_info.value.code or 0), capsys.readouterr().err
-
-    return run
 
 
 FOUR_BITS = ("--precision", "q4", "--vision", "q4", "--resampler", "q4")
@@ -46,7 +33,7 @@ def source(golden_root: Path) -> Path:
 
 def test_a_build_that_misses_its_gate_leaves_nothing_behind(source: Path, tmp_path: Path, run: Run, recipe: Recipe) -> None:
     out = tmp_path / "bundle"
-    code, err = run("build", source, out, *FOUR_BITS, *recipe(num_samples=1), "--max-kl", "1e-9")
+    code, _, err = run("build", source, out, *FOUR_BITS, *recipe(num_samples=1), "--max-kl", "1e-9")
     assert code == 3
     last = err.strip().splitlines()[-1]
     assert last.startswith("mcv-export: bundle misses its gate: its KL divergence ")
@@ -56,7 +43,7 @@ def test_a_build_that_misses_its_gate_leaves_nothing_behind(source: Path, tmp_pa
 
 def test_a_search_finds_a_recipe_that_can_be_replayed(source: Path, tmp_path: Path, run: Run, recipe: Recipe) -> None:
     found, again = tmp_path / "found", tmp_path / "again"
-    code, _ = run("build", source, found, *FOUR_BITS, *recipe(num_samples=1, search=True), "--max-kl", "1.5")
+    code, _, _ = run("build", source, found, *FOUR_BITS, *recipe(num_samples=1, search=True), "--max-kl", "1.5")
     assert code == 0
     manifest = Bundle.open(found).manifest
     recipe = manifest.quantization["graphs"]
@@ -73,10 +60,10 @@ def test_a_search_finds_a_recipe_that_can_be_replayed(source: Path, tmp_path: Pa
 
 def test_a_search_needs_a_gate_and_a_free_place(source: Path, tmp_path: Path, run: Run, recipe: Recipe) -> None:
     searched = recipe(num_samples=1, search=True)
-    code, err = run("build", source, tmp_path / "bundle", *searched)
+    code, _, err = run("build", source, tmp_path / "bundle", *searched)
     assert code == 2
     assert "give it --max-kl, or min_agreement in the recipe" in err
-    code, err = run("build", source, tmp_path, *searched, "--max-kl", 1)
+    code, _, err = run("build", source, tmp_path, *searched, "--max-kl", 1)
     assert code == 2
     assert "--force" in err
 

@@ -4,7 +4,7 @@ What is remembered is told apart by all that the traced module is made of; what 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mcv_export.graph_files
 from mcv_export.plan import GraphPlan
-from mcv_export.storage import IN_FLOAT, Storage
+from mcv_export.storage import Storage
 from mcv_export.trace import trace
 
 
@@ -47,20 +47,17 @@ def told(value: Any) -> object:
 
 
 @contextmanager
-def traced_once() -> Iterator[Callable[[], tuple[int, int]]]:
-    """Builds within trace what is new to them; gives how often that was so, and how often not."""
+def traced_once() -> Iterator[None]:
+    """Builds within trace what is new to them."""
     known: dict[object, ir.Model] = {}
-    counts = [0, 0]
 
-    def remembering(plan: GraphPlan, storage: Storage = IN_FLOAT) -> tuple[ir.Model, nn.Module]:
+    def remembering(plan: GraphPlan, storage: Storage) -> tuple[ir.Model, nn.Module]:
         with FakeTensorMode(), torch.no_grad():
             module = storage.module(plan)
         try:
             key = told(module), told(plan.io)
         except _UnknownError:
-            counts[0] += 1
             return trace(plan, storage)
-        counts[key in known] += 1
         if key not in known:
             model, module = trace(plan, storage)
             known[key] = model.clone()
@@ -68,4 +65,4 @@ def traced_once() -> Iterator[Callable[[], tuple[int, int]]]:
         return known[key].clone(), module
 
     with patch.object(mcv_export.graph_files, "trace", remembering):
-        yield lambda: (counts[0], counts[1])
+        yield
