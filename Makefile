@@ -36,7 +36,9 @@ stress: .venv/.dev
 	$(BIN)/python tests/stress.py --runs $(RUNS) --at-once $(AT_ONCE) --load $(LOAD)
 
 test-clients: .venv/.clients
-	.venv-clients/bin/python tests/serve/heavy/clients.py --server $(BIN)/python
+	.venv-clients/bin/python tests/serve/heavy/clients.py --server $(BIN)/python --node-modules .venv-clients/npm \
+		--only litellm langchain llama-index docling marker npm
+	.venv-clients/daft/bin/python tests/serve/heavy/clients.py --server $(BIN)/python --only daft
 	.venv-clients/bin/python tests/serve/heavy/generated_requests.py --server $(BIN)/python
 
 clean:
@@ -53,7 +55,13 @@ clean:
 # Large, and with needs of their own: they never share the environment of the tests.
 .venv/.clients: .venv/.dev
 	$(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/pip install --quiet litellm langchain-openai llama-index-llms-openai-like schemathesis
+	.venv-clients/bin/pip install --quiet litellm langchain-openai llama-index-llms-openai-like schemathesis \
+		"docling-slim[convert-core,format-markdown,format-pdf-pypdfium2]"
+	# Without its needs, which are a Pillow without the last mends, and a model to run: the class that asks others has others.
+	.venv-clients/bin/pip install --quiet --no-deps marker-pdf
+	$(PYTHON) -m venv .venv-clients/daft
+	.venv-clients/daft/bin/pip install --quiet "daft[openai]"
+	npm install --silent --prefix .venv-clients/npm openai ollama
 	touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml

@@ -34,7 +34,7 @@ def test_one_client_takes_the_sum_of_the_costs(simulation):
     costs = simulation.Costs(COSTS)
     found = simulation.simulate(costs, work(simulation), 1, 1)
     first = 0.5 + 3 + 2 * 0.1 + 2 + 1e-5 * 200**2 / 2  # in two pieces: nothing is known of its pace yet
-    assert found["first_text_ms"]["p50"] == pytest.approx(1e3 * first, abs=0.01)
+    assert found["first_token_ms"]["p50"] == pytest.approx(1e3 * first, abs=0.01)
     steps = sum(0.05 + 0.01 + 1e-4 * (200 + made) for made in range(1, 10))
     assert 1 / found["answers_per_s"] == pytest.approx(first + steps)
 
@@ -48,13 +48,13 @@ def test_rows_together_take_less_than_one_by_one(simulation):
 def test_nobody_who_decodes_waits_for_more_than_a_slice(simulation):
     found = simulation.simulate(simulation.Costs(COSTS), work(simulation, slices=9, lengths={"50": 1}), 4, 500)
     one_slice, step_of_four = 1.5, 0.05 + 0.04 + 4 * 1e-4 * 250
-    assert found["between_pieces_ms"]["p99"] <= 1e3 * (one_slice + step_of_four)
+    assert found["between_tokens_ms"]["p99"] <= 1e3 * (one_slice + step_of_four)
 
 
 def test_what_is_known_is_not_read_again(simulation):
     known = work(simulation, questions=4, prompt_again=220, known_again=190)
     found = simulation.simulate(simulation.Costs(COSTS), known, 1, 100)
-    assert found["first_text_known_picture_ms"]["p50"] == pytest.approx(
+    assert found["first_token_known_picture_ms"]["p50"] == pytest.approx(
         1e3 * (0.1 + 0.3 + 1e-5 * (220**2 - 190**2) / 2), abs=0.01
     )
 

@@ -1,8 +1,9 @@
-"""Clients that bring many packages, against a server in a process: litellm, LangChain, LlamaIndex.
+"""Clients that bring many packages, against a server in a process: litellm, LangChain, LlamaIndex, docling, Daft, marker, npm.
 
-python tests/serve/heavy/clients.py --server PYTHON_THAT_HAS_MCV_SERVE
+python tests/serve/heavy/clients.py --server PYTHON_THAT_HAS_MCV_SERVE --only litellm npm --node-modules FOLDER
 
-Needs litellm, langchain-openai and llama-index-llms-openai-like in the Python that runs it; `make test-clients` sees to that.
+`make test-clients` installs them, Daft in an environment of its own, as it pins what others want newer. marker wants torch for
+the choice of a device and for nothing else that is used here: it finds that of the server's Python.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import argparse
 import asyncio
 import base64
 import os
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from PIL import Image
 from served import served
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it fetches a list of prices
@@ -84,19 +89,103 @@ def check_llama_index(address: str) -> None:
     assert call.tool_name == "classify" and set(call.tool_kwargs) == {"good"}
 
 
+def check_docling(address: str) -> None:
+    """A scanned page of a PDF read out as Markdown, and a picture of it described."""
+    from docling.backend.pypdfium2_backend import PyPdfiumDocumentBackend
+    from docling.datamodel.base_models import InputFormat
+    from docling.datamodel.pipeline_options import VlmPipelineOptions
+    from docling.datamodel.pipeline_options_vlm_model import ApiVlmOptions, ResponseFormat
+    from docling.document_converter import DocumentConverter, ImageFormatOption, PdfFormatOption
+    from docling.pipeline.vlm_pipeline import VlmPipeline
+
+    asked = ApiVlmOptions(
+        url=f"{address}/v1/chat/completions", params={"model": "any", "max_tokens": 64}, prompt=QUESTION,
+        response_format=ResponseFormat.MARKDOWN, timeout=60, concurrency=2,
+    )  # fmt: skip
+    options = VlmPipelineOptions(enable_remote_services=True, vlm_options=asked)
+    formats = {
+        InputFormat.PDF: PdfFormatOption(pipeline_cls=VlmPipeline, pipeline_options=options, backend=PyPdfiumDocumentBackend),
+        InputFormat.IMAGE: ImageFormatOption(pipeline_cls=VlmPipeline, pipeline_options=options),
+    }
+    converter = DocumentConverter(format_options=formats)
+    with TemporaryDirectory() as folder:
+        scan = Path(folder, "scan.pdf")
+        page = Image.open(DEMO).convert("RGB")
+        page.save(scan, save_all=True, append_images=[page])
+        assert converter.convert(scan).document.export_to_markdown().split() == [ANSWER, ANSWER]
+    assert converter.convert(DEMO).document.export_to_markdown().strip() == ANSWER
+
+
+def check_daft(address: str) -> None:
+    """A column of pictures asked about, by both of its APIs, and into a form."""
+    import daft
+    from daft.ai.openai.provider import OpenAIProvider
+    from daft.functions import prompt
+    from pydantic import BaseModel
+
+    class Seen(BaseModel):
+        circle: bool
+
+    provider = OpenAIProvider(base_url=f"{address}/v1", api_key="none")
+    table = daft.from_pydict({"picture": [DEMO.read_bytes()] * 4, "question": [QUESTION] * 4})
+    asked = [daft.col("picture"), daft.col("question")]
+    for chat in (False, True):
+        answers = prompt(asked, provider=provider, model="any", use_chat_completions=chat)
+        assert table.with_column("answer", answers).to_pydict()["answer"] == [ANSWER] * 4, chat
+        formed = prompt(asked, return_format=Seen, provider=provider, model="any", use_chat_completions=chat)
+        found = table.limit(1).with_column("seen", formed).to_pydict()["seen"]
+        assert isinstance(found[0]["circle"], bool), chat
+
+
+def check_marker(address: str) -> None:
+    """Its service class: a WebP and a strict schema, in OpenAI's words and in Ollama's."""
+    from marker.services.ollama import OllamaService
+    from marker.services.openai import OpenAIService
+    from pydantic import BaseModel
+
+    class Seen(BaseModel):
+        circle: bool
+
+    picture = Image.open(DEMO).convert("RGB")
+    openai = OpenAIService({"openai_base_url": f"{address}/v1", "openai_model": "any", "openai_api_key": "none"})
+    ollama = OllamaService({"ollama_base_url": address, "ollama_model": "any"})
+    for service in (openai, ollama):
+        assert isinstance(service(QUESTION, picture, None, Seen)["circle"], bool), service
+
+
+def check_npm(address: str, node_modules: Path) -> None:
+    script = Path(__file__).with_name("clients.cjs")
+    subprocess.run(["node", script, address, DEMO, node_modules], check=True)
+
+
+CHECKS = {
+    "litellm": check_litellm,
+    "langchain": check_langchain,
+    "llama-index": check_llama_index,
+    "docling": check_docling,
+    "daft": check_daft,
+    "marker": check_marker,
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", required=True)
+    parser.add_argument("--only", nargs="+", choices=[*CHECKS, "npm"], default=[*CHECKS, "npm"])
+    parser.add_argument("--node-modules", type=Path, default=Path(), help="The folder that npm's clients were installed in.")
     given = parser.parse_args()
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    sys.path.append(subprocess.check_output([given.server, "-c", where], text=True).strip())
+    checks = CHECKS | {"npm": partial(check_npm, node_modules=given.node_modules)}
     failed = 0
     with served(given.server) as address:
-        for check in (check_litellm, check_langchain, check_llama_index):
+        for name in given.only:
             try:
-                check(address)
-                print(f"{check.__name__.removeprefix('check_')}: ok")
+                checks[name](address)
+                print(f"{name}: ok", flush=True)
             except Exception as error:
                 failed = 1
-                print(f"{check.__name__.removeprefix('check_')}: {type(error).__name__}: {str(error)[:1000]}")
+                print(f"{name}: {type(error).__name__}: {str(error)[:1000]}", flush=True)
     return failed
 
 
