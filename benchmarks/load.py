@@ -1,11 +1,14 @@
 """The service under load: what clients wait for, what is lost, and whether anybody gets another answer than alone.
 
 python benchmarks/load.py benchmarks/results/load-tiny.json [--bundle BUNDLE] [--minutes 5] [--clients 1 4 16]
+python benchmarks/load.py RESULT --bundle BUNDLE --llama-server LLAMA_SERVER --gguf FOLDER    # after each run, theirs
 
 A server in a process of its own, clients in this one, over the loopback. Every client asks about a picture that it has drawn
 for itself, several questions one after the other, and then takes the next picture. The answers are greedy, and each is compared
 with the one that an engine in this process gives to that question alone, afterwards. Measured are the time to the first text,
-the gaps between pieces of text, answers and tokens a second, and the server's memory (VmRSS) every second.
+the gaps between pieces of text, answers and tokens a second, and the server's memory (VmRSS) every second. llama.cpp's server
+(`Q4_0.gguf` and `mmproj-F16.gguf` as `peers/race.py` makes them) is asked the same by as many clients, right after ours; what
+it answers is not judged.
 """
 
 from __future__ import annotations
@@ -14,13 +17,17 @@ import argparse
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +49,12 @@ class Heard:
     picture: int
     question: str
     text: str
-    first: float
+    first: float = 0.0
     """Seconds to the first of the text."""
+    whole: float = 0.0
+    """Seconds to its end."""
+    step: float = 0.0
+    """Seconds between two of its tokens where they were made, on the average."""
     gaps: list[float] = field(default_factory=list)
     tokens: int = 0
     prompt: int = 0
@@ -76,7 +87,7 @@ def body(picture: int, question: str, tokens: int) -> dict[str, Any]:
 
 async def ask(client: httpx.AsyncClient, picture: int, question: str, tokens: int, again: bool) -> Heard:
     begun = last = time.perf_counter()
-    heard = Heard(picture, question, "", 0.0, again=again)
+    heard = Heard(picture, question, "", again=again)
     async with client.stream("POST", "/v1/chat/completions", json=body(picture, question, tokens)) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
@@ -85,9 +96,11 @@ async def ask(client: httpx.AsyncClient, picture: int, question: str, tokens: in
             chunk = json.loads(line[6:])
             if "error" in chunk:
                 raise RuntimeError(chunk["error"]["message"])
+            if timings := chunk.get("timings"):
+                heard.step = timings["predicted_ms"] / 1e3 / max(timings["predicted_n"] - 1, 1)
             if usage := chunk.get("usage"):
                 heard.tokens, heard.prompt = usage["completion_tokens"], usage["prompt_tokens"]
-                heard.known = usage["prompt_tokens_details"]["cached_tokens"]
+                heard.known = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
             for piece in (choice["delta"].get("content") for choice in chunk["choices"]):
                 if piece:
                     now = time.perf_counter()
@@ -96,6 +109,7 @@ async def ask(client: httpx.AsyncClient, picture: int, question: str, tokens: in
                     else:
                         heard.first = now - begun
                     heard.text, last = heard.text + piece, now
+    heard.whole = time.perf_counter() - begun
     return heard
 
 
@@ -151,18 +165,21 @@ def flat(memory: list[int]) -> float:
     return round(float(np.mean(later) / np.mean(earlier)) - 1, 4) if earlier and later else 0.0
 
 
-def wrong(heard: list[Heard], bundle: Path | None, tokens: int, threads: int) -> list[dict[str, Any]]:
-    """Answers that are not those of an engine that is asked alone."""
+def wrong(runs: list[list[Heard]], bundle: Path | None, tokens: int, threads: int) -> list[list[dict[str, Any]]]:
+    """By run, answers that are not those of an engine that is asked alone."""
     alone: dict[tuple[int, str], str] = {}
     with load(bundle, threads=threads) as engine:
-        for one in heard:
+        for one in itertools.chain.from_iterable(runs):
             key = one.picture, one.question
             if key not in alone:
                 alone[key] = engine.ask(drawn(one.picture), one.question, max_new_tokens=tokens).text
     return [
-        {"picture": one.picture, "question": one.question, "said": one.text, "alone": alone[one.picture, one.question]}
-        for one in heard
-        if one.text != alone[one.picture, one.question]
+        [
+            {"picture": one.picture, "question": one.question, "said": one.text, "alone": alone[one.picture, one.question]}
+            for one in heard
+            if one.text != alone[one.picture, one.question]
+        ]
+        for heard in runs
     ]
 
 
@@ -183,41 +200,67 @@ def work(heard: list[Heard]) -> dict[str, Any]:
     }
 
 
-def run(bundle: Path | None, count: int, minutes: float, tokens: int, threads: int) -> dict[str, Any]:
-    """One server and so many clients."""
-    named = [] if bundle is None else [str(bundle)]
-    command = [sys.executable, "-m", "mcv_serve.command", *named, "--port", "0", "--threads", str(threads)]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert server.stderr is not None
-        address = ""
-        for line in server.stderr:
-            if found := re.search(r"running on (http://\S+)", line):
-                address = found[1]
-            if "is ready" in line:
-                break
+def ours(bundle: Path | None, threads: int, port: int, memory_mb: float | None = None) -> list[str]:
+    """Without `memory_mb`, what is kept for later may grow to a quarter of the machine."""
+    given = [*([] if bundle is None else [str(bundle)]), *([] if memory_mb is None else ["--memory-mb", str(memory_mb)])]
+    return [sys.executable, "-m", "mcv_serve.command", *given, "--port", str(port), "--threads", str(threads)]
+
+
+def llama(binary: Path, folder: Path, threads: int, port: int, count: int) -> list[str]:
+    """With a slot of 2,048 tokens for each client."""
+    files = ["--model", str(folder / "Q4_0.gguf"), "--mmproj", str(folder / "mmproj-F16.gguf")]
+    slots = ["--parallel", str(count), "--ctx-size", str(2048 * count)]
+    return [str(binary), *files, *slots, "--port", str(port), "--threads", str(threads), "--chat-template", "chatml"]
+
+
+@contextmanager
+def serving(command: list[str], address: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The server in a process of its own, from when it says that it is well until it has ended."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            while server.poll() is None:
+                try:
+                    if httpx.get(f"{address}/health", trust_env=False).status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.1)
+            else:
+                raise SystemExit(f"{command[0]} ended with {server.returncode}")
+            yield server
+        finally:
+            server.terminate()
+
+
+def run(command: list[str], port: int, count: int, minutes: float, tokens: int) -> tuple[list[Heard], dict[str, Any]]:
+    """One server and so many clients: what they heard, and its sums."""
+    address = f"http://127.0.0.1:{port}"
+    with serving(command, address) as server:
         heard, lost, memory, seconds = asyncio.run(clients(address, count, minutes * 60, tokens, server.pid))
-    finally:
-        server.terminate()
-        code = server.wait()
-    false = wrong(heard, bundle, tokens, threads)
-    return {
+    return heard, {
         "clients": count,
         "seconds": round(seconds, 1),
         "answers": len(heard),
         "lost": lost,
-        "wrong": len(false),
-        "examples_of_wrong": false[:3],
         "work": work(heard),
         "answers_per_s": round(len(heard) / seconds, 3),
         "tokens_per_s": round(sum(one.tokens for one in heard) / seconds, 2),
         "first_text_ms": percentiles([one.first for one in heard if not one.again and one.text]),
         "first_text_known_picture_ms": percentiles([one.first for one in heard if one.again and one.text]),
+        "step_ms": percentiles([one.step for one in heard]),
         "between_pieces_ms": percentiles([gap for one in heard for gap in one.gaps]),
+        "answer_ms": percentiles([one.whole for one in heard if not one.again]),
+        "answer_known_picture_ms": percentiles([one.whole for one in heard if one.again]),
         "rss_mb": {"first": round(memory[0] / 1e6, 1), "last": round(memory[-1] / 1e6, 1), "most": round(max(memory) / 1e6, 1)},
         "rss_growth_in_last_half": flat(memory),
-        "exit_code": code,
+        "exit_code": server.returncode,
     }
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def main() -> None:
@@ -228,19 +271,43 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--memory-mb", type=float, help="As mcv-serve's: to see memory when it is full.")
+    parser.add_argument("--llama-server", type=Path, help="llama.cpp's, to compare with.")
+    parser.add_argument("--gguf", type=Path, help="The folder of its two files.")
     given = parser.parse_args()
-    runs = []
+    if (given.llama_server is None) != (given.gguf is None):
+        parser.error("--llama-server and --gguf go together")
+    runs, theirs, heards = [], [], []
     for count in given.clients:
-        runs.append(run(given.bundle, count, given.minutes, given.tokens, given.threads))
-        print(json.dumps(runs[-1]), file=sys.stderr)
+        port = free_port()
+        command = ours(given.bundle, given.threads, port, given.memory_mb)
+        heard, found = run(command, port, count, given.minutes, given.tokens)
+        heards.append(heard)
+        runs.append(found)
+        print(json.dumps(found), file=sys.stderr)
+        if given.llama_server is not None:
+            port = free_port()
+            command = llama(given.llama_server, given.gguf, given.threads, port, count)
+            theirs.append(run(command, port, count, given.minutes, given.tokens)[1])
+            print(json.dumps({"llama-server": theirs[-1]}), file=sys.stderr)
+    load_average = os.getloadavg()
+    for found, false in zip(runs, wrong(heards, given.bundle, given.tokens, given.threads), strict=True):
+        found |= {"wrong": len(false), "examples_of_wrong": false[:3]}
     base = runs[0]["tokens_per_s"] or 1.0
-    result = {
+    result: dict[str, Any] = {
         "cpu": _cpu(),
-        "load_average_at_end": os.getloadavg(),
+        "load_average_at_end": load_average,
         "bundle": "models/tiny" if given.bundle is None else given.bundle.name,
+        "memory_mb": given.memory_mb,
         "runs": runs,
         "tokens_per_s_against_first": {str(one["clients"]): round(one["tokens_per_s"] / base, 2) for one in runs},
     }
+    if theirs:
+        result["llama_server"] = theirs
+        result["tokens_per_s_against_llama_server"] = {
+            str(one["clients"]): round(one["tokens_per_s"] / their["tokens_per_s"], 2) if their["tokens_per_s"] else None
+            for one, their in zip(runs, theirs, strict=True)
+        }
     given.result.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

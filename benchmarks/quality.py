@@ -28,7 +28,7 @@ from mcv_calibration.precisions import Precision  # noqa: E402
 from mcv_export.build import BuildOptions, build  # noqa: E402
 from mcv_export.calibrate import SampleOptions  # noqa: E402
 from mcv_export.precision import Wishes  # noqa: E402
-from mcv_runtime import Engine, load  # noqa: E402
+from mcv_runtime import Engine, Options, Request, load  # noqa: E402
 from mcv_runtime.bundle.manifest import GraphName  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,9 +38,10 @@ LONGEST = 48
 
 def right_answers(engine: Engine, examples: Sequence[Example]) -> Iterator[bool]:
     """Whether each example is answered to the letter."""
-    for example in examples:
-        answer = engine.ask(list(example.images), example.question, max_new_tokens=LONGEST)
-        yield answer.text == example.answer
+    options = Options(max_new_tokens=LONGEST)
+    requests = (Request(list(example.images), example.question, options=options) for example in examples)
+    for example, ticket in zip(examples, engine.submit_all(requests), strict=True):
+        yield ticket.result().text == example.answer
 
 
 def exact_match(engine: Engine, examples: Sequence[Example]) -> dict[str, float]:

@@ -9,7 +9,7 @@ least squares of relative errors, with no negative terms:
     prompt   seconds = a + b * tokens + c * tokens * (tokens / 2)
     step     seconds = a + b * rows + c * rows * context
 
-`scaling_simulation.py` reads the result.
+What a server adds is seen by one client of it, for a minute or two. `scaling_simulation.py` reads the result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from full_size import _cpu
+from load import free_port, ours, run
 
 from mcv_runtime import Engine, Event, Options, Request, load
 
@@ -58,9 +59,14 @@ class Prompts:
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._number = engine, 0
+        self.word = Counter(self._ids("word " * 64)).most_common(1)[0][0]
+        """A token that has text."""
+
+    def _ids(self, text: str) -> list[int]:
+        return self._engine.prompt([{"role": "user", "content": text}]).ids.tolist()
 
     def _tokens(self, text: str) -> int:
-        return len(self._engine.prompt([{"role": "user", "content": text}]).ids)
+        return len(self._ids(text))
 
     def of(self, tokens: int) -> str:
         self._number += 1
@@ -96,8 +102,10 @@ def prompt(engine: Engine, prompts: Prompts, tokens: int) -> dict[str, float]:
 
 def step(engine: Engine, prompts: Prompts, rows: int, context: int) -> dict[str, float]:
     """A token of each of so many rows, all of which run: between the tokens of the one that began last."""
-    never = dict.fromkeys(engine.bundle.manifest.generation.stop_token_ids, -1e4)
-    endless = Options(max_new_tokens=STEPS * rows * 10, repetition_penalty=1.0, logit_bias=never)
+    # One word over and over: random weights might say nothing that has text, and end at any time.
+    said = {prompts.word: 1e4}
+    # As long as the others need to begin, but no longer: a row takes memory for all that it may say.
+    endless = Options(max_new_tokens=2 * STEPS + 16 * rows, repetition_penalty=1.0, logit_bias=said)
     others = [engine.submit(Request(None, prompts.of(context), options=endless)) for _ in range(rows - 1)]
     for ticket in others:  # all of them have begun
         next(iter(ticket))
@@ -107,8 +115,9 @@ def step(engine: Engine, prompts: Prompts, rows: int, context: int) -> dict[str,
         if event.stage == "answer":
             times.append(time.perf_counter())
 
-    last = Options(max_new_tokens=STEPS, repetition_penalty=1.0, logit_bias=never, progress=note)
+    last = Options(max_new_tokens=STEPS, repetition_penalty=1.0, logit_bias=said, progress=note)
     answer = engine.submit(Request(None, prompts.of(context), options=last)).result()
+    assert not any(ticket.done for ticket in others), "the others ended before they were measured"
     for ticket in others:
         ticket.cancel()
         ticket.result()
@@ -197,13 +206,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--longest", type=int, default=PROMPTS[-1], help="Tokens of the longest prompt.")
     parser.add_argument("--slices-each", type=int, default=8, help="Slices of a process, where several are compared.")
+    parser.add_argument("--minutes", type=float, default=2.0, help="Of the one client that asks a server.")
     parser.add_argument("--note", default="", help="What else the machine was doing.")
     given = parser.parse_args()
+    port = free_port()
     result = {
         "bundle": given.bundle.name,
         "size_mb": round(sum(one.stat().st_size for one in (given.bundle / "onnx").iterdir()) / 1e6, 1),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": given.threads, "note": given.note},
         **measure(given.bundle, given.threads, given.rounds, given.longest),
+        "served": run(ours(given.bundle, given.threads, port), port, 1, given.minutes, 48)[1],
         "slices_per_s": {
             f"{count} x {given.threads // count} threads": round(
                 statistics.median(

@@ -3,8 +3,8 @@
 python benchmarks/sharing.py BUNDLE benchmarks/results/sharing-NAME.json [--before FOLDER_OF_ANOTHER_VERSION]
 
 Measured in one process: the longest gap between two tokens of a running request while a picture of nine slices and a prompt of
-4,096 tokens are read, beside the time of one slice alone; tokens a second of 1 to 16 requests together against one by one; and
-the bytes that joining and leaving copy. `--before`: another checkout's `runtime` folder; decoding and reading of one request by
+4,096 tokens are read, beside the time of one slice alone; tokens a second of 1 to 16 rows while all of them run; and the bytes
+that joining and leaving copy. `--before`: another checkout's `runtime` folder; decoding and reading of one request by
 both versions, in processes of their own that take turns.
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from full_size import _cpu
+from scaling_costs import ROWS, Prompts, step
 
 PROMPT = "Tell me more. " * 100
 TOKENS = 24
@@ -101,14 +102,11 @@ def shared(bundle: Path, threads: int) -> dict[str, Any]:
     running.result()
     answer = read[0].result()
     together = {}
-    brief = Options(max_new_tokens=TOKENS, repetition_penalty=1.0)
-    for rows in (1, 2, 4, 8, 16):
-        requests = [Request(None, f"{rows} {number} " + "Tell me more. " * 20, options=brief) for number in range(rows)]
+    prompts = Prompts(engine)
+    for rows in ROWS:
         before = engine._scheduler.slots.copied
-        answers = engine.batch(requests)
-        made = sum(len(answer.tokens) - 1 for answer in answers)
         together[rows] = {
-            "tokens_per_s": round(made / max(answer.timings.decode for answer in answers), 2),
+            "tokens_per_s": round(rows / step(engine, prompts, rows, 64)["seconds"], 2),
             "megabytes_copied": round((engine._scheduler.slots.copied - before) / 1e6, 1),
         }
     return {
