@@ -1,11 +1,13 @@
 """The simulation of servers and batches: it takes what its costs say."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 COSTS = {
     "fits": {
         "slices": {"factors": [0.5, 1.0]},
@@ -62,3 +64,16 @@ def test_what_is_known_is_not_read_again(simulation):
 def test_slower_machines_take_longer(simulation):
     usual, slow = (simulation.simulate(simulation.Costs(COSTS, by, by), work(simulation), 4, 100) for by in (1.0, 2.0))
     assert usual["answers_per_s"] / slow["answers_per_s"] == pytest.approx(2, rel=0.05)
+
+
+def test_the_kept_simulation_is_near_what_was_measured(simulation):
+    """The files belong together, and SCALING.md says what they say."""
+    kinds = ("scaling-costs", "load", "scaling")
+    costs, load, kept = (json.loads((RESULTS / f"{kind}-minicpmv4_6.json").read_text(encoding="utf-8")) for kind in kinds)
+    again = simulation.checked(costs, load)
+    assert again == kept["against_measured"]
+    assert [run["clients"] for run in again["runs"]] == [1, 4, 16]
+    said = (ROOT / "benchmarks" / "SCALING.md").read_text(encoding="utf-8")
+    for run, measured in zip(again["runs"], load["runs"], strict=True):
+        assert abs(run["off"]["answers_per_s"]) <= 0.15
+        assert f"{measured['answers_per_s']:.3f}, {run['answers_per_s']:.3f}" in said
