@@ -26,9 +26,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ from mcv_runtime import load
 
 QUESTIONS = ("What does the text say?", "Describe the picture.", "Which colour is the text?", "How many circles are there?")
 
+Command = Callable[[int], list[str]]
+"""What starts a server at a port."""
+
 
 @dataclass
 class Heard:
@@ -48,7 +52,7 @@ class Heard:
 
     picture: int
     question: str
-    text: str
+    text: str = ""
     first: float = 0.0
     """Seconds to the first of the text."""
     whole: float = 0.0
@@ -87,7 +91,7 @@ def body(picture: int, question: str, tokens: int) -> dict[str, Any]:
 
 async def ask(client: httpx.AsyncClient, picture: int, question: str, tokens: int, again: bool) -> Heard:
     begun = last = time.perf_counter()
-    heard = Heard(picture, question, "", again=again)
+    heard = Heard(picture, question, again=again)
     async with client.stream("POST", "/v1/chat/completions", json=body(picture, question, tokens)) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
@@ -200,13 +204,13 @@ def work(heard: list[Heard]) -> dict[str, Any]:
     }
 
 
-def ours(bundle: Path | None, threads: int, port: int, memory_mb: float | None = None) -> list[str]:
+def ours(port: int, *, bundle: Path | None, threads: int, memory_mb: float | None = None) -> list[str]:
     """Without `memory_mb`, what is kept for later may grow to a quarter of the machine."""
     given = [*([] if bundle is None else [str(bundle)]), *([] if memory_mb is None else ["--memory-mb", str(memory_mb)])]
     return [sys.executable, "-m", "mcv_serve.command", *given, "--port", str(port), "--threads", str(threads)]
 
 
-def llama(binary: Path, folder: Path, threads: int, port: int, count: int) -> list[str]:
+def llama(port: int, *, binary: Path, folder: Path, threads: int, count: int) -> list[str]:
     """With a slot of 2,048 tokens for each client."""
     files = ["--model", str(folder / "Q4_0.gguf"), "--mmproj", str(folder / "mmproj-F16.gguf")]
     slots = ["--parallel", str(count), "--ctx-size", str(2048 * count)]
@@ -214,8 +218,12 @@ def llama(binary: Path, folder: Path, threads: int, port: int, count: int) -> li
 
 
 @contextmanager
-def serving(command: list[str], address: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The server in a process of its own, from when it says that it is well until it has ended."""
+def serving(command_of: Command) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The server in a process of its own, and its address, from when it says that it is well until it has ended."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command, address = command_of(port), f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             while server.poll() is None:
@@ -227,15 +235,14 @@ def serving(command: list[str], address: str) -> Iterator[subprocess.Popen[bytes
                 time.sleep(0.1)
             else:
                 raise SystemExit(f"{command[0]} ended with {server.returncode}")
-            yield server
+            yield server, address
         finally:
             server.terminate()
 
 
-def run(command: list[str], port: int, count: int, minutes: float, tokens: int) -> tuple[list[Heard], dict[str, Any]]:
+def run(command_of: Command, count: int, minutes: float, tokens: int) -> tuple[list[Heard], dict[str, Any]]:
     """One server and so many clients: what they heard, and its sums."""
-    address = f"http://127.0.0.1:{port}"
-    with serving(command, address) as server:
+    with serving(command_of) as (server, address):
         heard, lost, memory, seconds = asyncio.run(clients(address, count, minutes * 60, tokens, server.pid))
     return heard, {
         "clients": count,
@@ -257,12 +264,6 @@ def run(command: list[str], port: int, count: int, minutes: float, tokens: int) 
     }
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
@@ -279,16 +280,14 @@ def main() -> None:
         parser.error("--llama-server and --gguf go together")
     runs, theirs, heards = [], [], []
     for count in given.clients:
-        port = free_port()
-        command = ours(given.bundle, given.threads, port, given.memory_mb)
-        heard, found = run(command, port, count, given.minutes, given.tokens)
+        command = partial(ours, bundle=given.bundle, threads=given.threads, memory_mb=given.memory_mb)
+        heard, found = run(command, count, given.minutes, given.tokens)
         heards.append(heard)
         runs.append(found)
         print(json.dumps(found), file=sys.stderr)
         if given.llama_server is not None:
-            port = free_port()
-            command = llama(given.llama_server, given.gguf, given.threads, port, count)
-            theirs.append(run(command, port, count, given.minutes, given.tokens)[1])
+            command = partial(llama, binary=given.llama_server, folder=given.gguf, threads=given.threads, count=count)
+            theirs.append(run(command, count, given.minutes, given.tokens)[1])
             print(json.dumps({"llama-server": theirs[-1]}), file=sys.stderr)
     load_average = os.getloadavg()
     for found, false in zip(runs, wrong(heards, given.bundle, given.tokens, given.threads), strict=True):

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 from full_size import _cpu
-from load import free_port, ours, run
+from load import ours, run
 
 from mcv_runtime import Engine, Event, Options, Request, load
 
@@ -209,13 +209,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=2.0, help="Of the one client that asks a server.")
     parser.add_argument("--note", default="", help="What else the machine was doing.")
     given = parser.parse_args()
-    port = free_port()
     result = {
         "bundle": given.bundle.name,
         "size_mb": round(sum(one.stat().st_size for one in (given.bundle / "onnx").iterdir()) / 1e6, 1),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": given.threads, "note": given.note},
         **measure(given.bundle, given.threads, given.rounds, given.longest),
-        "served": run(ours(given.bundle, given.threads, port), port, 1, given.minutes, 48)[1],
+        "served": run(partial(ours, bundle=given.bundle, threads=given.threads), 1, given.minutes, 48)[1],
         "slices_per_s": {
             f"{count} x {given.threads // count} threads": round(
                 statistics.median(

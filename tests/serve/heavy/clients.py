@@ -2,8 +2,8 @@
 
 python tests/serve/heavy/clients.py --server PYTHON_THAT_HAS_MCV_SERVE --only litellm npm --node-modules FOLDER
 
-`make test-clients` installs them, Daft in an environment of its own, as it pins what others want newer. marker wants torch for
-the choice of a device and for nothing else that is used here: it finds that of the server's Python.
+`make test-clients` installs them, Daft in an environment of its own, as it pins what others want newer. docling and marker
+import torch, for the choice of a device: they find that of the server's Python.
 """
 
 from __future__ import annotations
@@ -89,8 +89,15 @@ def check_llama_index(address: str) -> None:
     assert call.tool_name == "classify" and set(call.tool_kwargs) == {"good"}
 
 
-def check_docling(address: str) -> None:
-    """A scanned page of a PDF read out as Markdown, and a picture of it described."""
+def find_torch(server: str) -> None:
+    """From now on, what this Python lacks is found where the server's has it."""
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    sys.path.append(subprocess.check_output([server, "-c", where], text=True).strip())
+
+
+def check_docling(address: str, server: str) -> None:
+    """Scanned pages of a PDF read out, and a picture."""
+    find_torch(server)
     from docling.backend.pypdfium2_backend import PyPdfiumDocumentBackend
     from docling.datamodel.base_models import InputFormat
     from docling.datamodel.pipeline_options import VlmPipelineOptions
@@ -137,8 +144,9 @@ def check_daft(address: str) -> None:
         assert isinstance(found[0]["circle"], bool), chat
 
 
-def check_marker(address: str) -> None:
+def check_marker(address: str, server: str) -> None:
     """Its service class: a WebP and a strict schema, in OpenAI's words and in Ollama's."""
+    find_torch(server)
     from marker.services.ollama import OllamaService
     from marker.services.openai import OpenAIService
     from pydantic import BaseModel
@@ -162,21 +170,22 @@ CHECKS = {
     "litellm": check_litellm,
     "langchain": check_langchain,
     "llama-index": check_llama_index,
-    "docling": check_docling,
     "daft": check_daft,
-    "marker": check_marker,
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", required=True)
-    parser.add_argument("--only", nargs="+", choices=[*CHECKS, "npm"], default=[*CHECKS, "npm"])
+    names = [*CHECKS, "docling", "marker", "npm"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--node-modules", type=Path, default=Path(), help="The folder that npm's clients were installed in.")
     given = parser.parse_args()
-    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    sys.path.append(subprocess.check_output([given.server, "-c", where], text=True).strip())
-    checks = CHECKS | {"npm": partial(check_npm, node_modules=given.node_modules)}
+    checks = CHECKS | {
+        "docling": partial(check_docling, server=given.server),
+        "marker": partial(check_marker, server=given.server),
+        "npm": partial(check_npm, node_modules=given.node_modules),
+    }
     failed = 0
     with served(given.server) as address:
         for name in given.only:
