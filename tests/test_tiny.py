@@ -17,6 +17,7 @@ from mcv_runtime.bundle.folder import DEFAULT, Bundle
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "models" / "tiny"
 EXAMPLES = 1000
+COMPARED = 400
 
 
 RECIPES = ("fp32", "int8-static vision", "q8", "q4 gptq", "int8-static + q4 gptq")
@@ -36,9 +37,10 @@ def exact_match(tmp_path_factory: pytest.TempPathFactory, traced_once: None) -> 
         del sys.path[:2]
     examples = list(held_out(EXAMPLES))
     bundles = build_recipes([*RECIPES, *OUTLIERS, *EVERYWHERE, *COLLAPSES], tmp_path_factory.mktemp("recipes"))
-    # what collapses need not be asked for long
-    counts = {name: 100 if name in COLLAPSES else EXAMPLES for name in bundles}
-    return {name: exact_match(load(bundle, threads=1), examples[: counts[name]])["all"] for name, bundle in bundles.items()}
+    # a drop is that of the same questions, so it takes fewer of them than what is said of the model; a collapse, fewer still
+    counts = {name: 100 if name in COLLAPSES else EXAMPLES if name == "fp32" else COMPARED for name in bundles}
+    found = {name: exact_match(load(bundle, threads=1), examples[: counts[name]])["all"] for name, bundle in bundles.items()}
+    return {**found, "fp32 compared": exact_match(load(bundles["fp32"], threads=1), examples[:COMPARED])["all"]}
 
 
 def test_the_model_answers(exact_match: dict[str, float]) -> None:
@@ -54,19 +56,19 @@ def test_the_model_answers(exact_match: dict[str, float]) -> None:
     ("recipe", "points"), [("int8-static vision", 1), ("q8", 0.5), ("q4 gptq", 1), ("int8-static + q4 gptq", 2)]
 )
 def test_quantization_costs_little(exact_match: dict[str, float], recipe: str, points: float) -> None:
-    assert exact_match[recipe] >= exact_match["fp32"] - points
+    assert exact_match[recipe] >= exact_match["fp32 compared"] - points
 
 
 @pytest.mark.parametrize("recipe", OUTLIERS)
 def test_outlier_channels_cost_nothing(exact_match: dict[str, float], recipe: str) -> None:
     """The same function with channels up to 256 times larger: ranges and blocks alone cannot hold them, smoothing does."""
-    assert exact_match[recipe] >= exact_match["fp32"] - 2
+    assert exact_match[recipe] >= exact_match["fp32 compared"] - 2
 
 
 @pytest.mark.parametrize("recipe", EVERYWHERE)
 def test_outliers_between_linears_cost_nothing(exact_match: dict[str, float], recipe: str) -> None:
     """Where no norm is before a layer: values of attention, also shared by heads, the MLP's channels, and across graphs."""
-    assert exact_match[recipe] >= exact_match["fp32"] - 2
+    assert exact_match[recipe] >= exact_match["fp32 compared"] - 2
 
 
 @pytest.mark.parametrize("recipe", COLLAPSES)

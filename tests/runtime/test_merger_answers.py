@@ -164,9 +164,15 @@ def test_an_ordinary_token_that_ends_an_answer(family, engine_of, drawn):
     assert ended.text == decode([token for token in shown if token not in special]).strip()
 
 
-@pytest.mark.parametrize("precision", ["q8", "q4"])
-def test_quantized_bundles_answer(merger_family, precision, engine_of, drawn):
-    engine = engine_of(merger_family, precision)
+def test_default_bundles_answer(merger_family, engine_of, drawn):
+    _answers_in_both_modes(engine_of(merger_family, "q4"), drawn)
+
+
+def test_a_bundle_of_8_bits_answers(engine_of, drawn):
+    _answers_in_both_modes(engine_of("minicpmv4_6", "q8"), drawn)
+
+
+def _answers_in_both_modes(engine, drawn):
     for mode in ("16x", "4x"):
         assert len(engine.ask(drawn, "What is it?", downsample_mode=mode, max_new_tokens=3).tokens) == 3
 
