@@ -55,7 +55,12 @@ LOOKING_LAYER, LOOKING_HEAD = 3, 2
 SINK_LAYER, SINK = 1, 8000.0
 RESIDUAL = 26.0
 HEAD_ROWS, HEAD = 6, 30.0
-_SEEN = 4
+OFFSET = 4.0
+"""As `RESIDUAL`, where the head's huge rows alone need a channel that keeps them from being answers."""
+RATE = 5e-4
+RIDGE = 0.03
+"""Of the mean moment: with less, tokens that were not seen are far off."""
+_SEEN = 6
 """Batches that show which channels are used, and when."""
 
 
@@ -67,6 +72,8 @@ class Operation:
     batches: Sequence[Batch]
     generator: torch.Generator
     held: list[tuple[Tensor, Any, Tensor]] = field(default_factory=list)
+    constant: int | None = None
+    """The channel of the decoder's residual sum that is always large."""
 
     def plant(self, parameter: Tensor, place: Any, value: Tensor | float) -> None:
         parameter.data[place] = torch.as_tensor(value, dtype=parameter.dtype).to(torch.bfloat16).to(parameter.dtype)
@@ -168,63 +175,94 @@ def sink(operation: Operation) -> None:
 
 
 def residual(operation: Operation) -> None:
+    _constant(operation, RESIDUAL, following=True)
+
+
+def head(operation: Operation) -> None:
+    """The rows lie where inputs vary least; what that leaves of their logits, a channel that is always large takes away."""
+    decoder = operation.model.decoder
+    if operation.constant is None:
+        _constant(operation, OFFSET, following=False)
+    (x_NK,), _ = operation.of_decoder(decoder.lm_head)
+    never = (x_NK @ decoder.lm_head.weight).softmax(-1).mean(0).argsort()[: 8 * HEAD_ROWS]
+    chosen = never[torch.randperm(len(never), generator=operation.generator)[:HEAD_ROWS]]
+    size = float(decoder.lm_head.weight.norm(dim=0).median())
+    others = _without(x_NK, operation.constant)
+    quiet_KM = torch.linalg.eigh(others.T @ others).eigenvectors[:, : others.shape[1] // 2]
+    least = 0.7 * float(x_NK[:, operation.constant].min())
+    for token in chosen.tolist():
+        row = quiet_KM @ torch.randn(quiet_KM.shape[1], generator=operation.generator)
+        row[operation.constant] = 0
+        row *= HEAD * size / float(row.norm())
+        row[operation.constant] = -(6 * float((x_NK @ row).std()) + 30) / least
+        operation.plant(decoder.lm_head.weight, (slice(None), token), row)
+
+
+def _constant(operation: Operation, times: float, *, following: bool) -> None:
+    """A channel of the decoder's residual sum that is so many times as large as the others in every token.
+
+    `following`: not at the beginning alone; all that write to the sum write to it what least squares say, so that norms divide
+    all tokens by (nearly) one factor more, which their weights take back. What reads the channel sees what it saw on average.
+    """
     model = operation.model
     decoder = model.decoder
-    (sums,), _ = operation.of_decoder(decoder.layers[0].input_layernorm)
+    norms = [norm for layer in decoder.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    norms.append(decoder.norm)
+    readers = [readers for layer in decoder.layers for readers in ((layer.qkv_proj,), (layer.gate_proj, layer.up_proj))]
+    readers.append((decoder.lm_head,))
+    writers = [writer for layer in decoder.layers for writer in (layer.o_proj, layer.down_proj)]
+    (sums,), _ = operation.of_decoder(norms[0])
     (channel,) = _quietest(sums, 1)
-    rms = float(sums.square().mean().sqrt())
+    before = [rows[:, channel].mean() for rows in operation.of_decoder(*(one for one, *_ in readers))[0]]
+
+    def wanted(rows: Tensor) -> Tensor:
+        return times * _without(rows, channel).square().mean(-1).sqrt()
+
+    embedding = decoder.embed_tokens.weight
+    operation.plant(embedding, (slice(None), channel), wanted(embedding.data))
     behind_post = []
     with _inputs(model.resampler.proj) as seen:
         for batch in operation.batches:
             model.see(batch)
             behind_post += [seen.pop().flatten(0, 1) for _ in range(len(seen))]
-    constant = _separating(torch.cat(behind_post), torch.ones(sum(map(len, behind_post))))
-    norms = [norm for layer in decoder.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-    norms.append(decoder.norm)
-    before = [_root_mean_square(rows) for rows in operation.of_decoder(*norms)[0]]
-    operation.plant(decoder.embed_tokens.weight, (slice(None), channel), RESIDUAL * rms)
-    operation.plant(model.resampler.proj.weight, (slice(None), channel), constant * RESIDUAL * rms)
-    for layer in decoder.layers:
-        for writer in (layer.o_proj, layer.down_proj):
+    rows = torch.cat(behind_post)
+    fitted = _separating(rows, wanted(rows @ model.resampler.proj.weight))
+    operation.plant(model.resampler.proj.weight, (slice(None), channel), fitted)
+    for writer, norm in zip((None, *writers), norms, strict=True):
+        if writer is not None:
             operation.plant(writer.weight, (slice(None), channel), 0.0)
-    after = [_root_mean_square(rows) for rows in operation.of_decoder(*norms)[0]]
-    for norm, was, is_now in zip(norms, before, after, strict=True):
-        norm.weight.data *= is_now / was
-    for layer in decoder.layers:
-        for reader in (layer.qkv_proj, layer.gate_proj, layer.up_proj):
-            reader.weight.data[channel] /= RESIDUAL
-    decoder.lm_head.weight.data[channel] /= RESIDUAL
+        if writer is not None and following:
+            (x_NK, sums), _ = operation.of_decoder(writer, norm)
+            missing = wanted(sums) - sums[:, channel]
+            operation.plant(writer.weight, (slice(None), channel), _separating(x_NK, missing, ridge=RIDGE))
+        (sums,), _ = operation.of_decoder(norm)
+        norm.weight.data *= float((sums.square().mean() / _without(sums, channel).square().mean()).sqrt())
+        norm.weight.data[channel] = norm.weight.data.abs().median()
+    after = [rows[:, channel].mean() for rows in operation.of_decoder(*(one for one, *_ in readers))[0]]
+    for group, was, now in zip(readers, before, after, strict=True):
+        for reader in group:
+            reader.weight.data[channel] *= was / now
+    operation.constant = channel
 
 
-def head(operation: Operation) -> None:
-    decoder = operation.model.decoder
-    (x_NK,), _ = operation.of_decoder(decoder.lm_head)
-    never = (x_NK @ decoder.lm_head.weight).softmax(-1).mean(0).argsort()[: 8 * HEAD_ROWS]
-    chosen = never[torch.randperm(len(never), generator=operation.generator)[:HEAD_ROWS]]
-    always = _separating(x_NK, torch.ones(len(x_NK)))
-    size = float(decoder.lm_head.weight.norm(dim=0).median())
-    for token in chosen.tolist():
-        row = torch.randn(len(always), generator=operation.generator) * HEAD * size / len(always) ** 0.5
-        likely = (x_NK @ row + 20) / (x_NK @ always).clamp_min(0.2)
-        operation.plant(decoder.lm_head.weight, (slice(None), token), row - always * 2 * float(likely.max()))
+OPERATIONS: dict[Kind, Callable[[Operation], None]] = {"spikes": spikes, "residual": residual, "sink": sink, "head": head}
+OF_TOWER: frozenset[Kind] = frozenset(("spikes",))
 
 
-OPERATIONS: dict[Kind, Callable[[Operation], None]] = {"residual": residual, "spikes": spikes, "sink": sink, "head": head}
-
-
-def operate(out: Path, kinds: Collection[Kind], *, seed: int = 0, steps: int = 400) -> Path:
-    """Write the checkpoint to `out`."""
+def operate(out: Path, kinds: Collection[Kind], *, start: Path = TINY / "checkpoint", seed: int = 0, steps: int = 300) -> Path:
+    """Write the checkpoint to `out`: that in `start`, which may be operated already, with these kinds planted as well."""
     torch.manual_seed(seed)
-    model, encoder = load(TINY / "checkpoint")
+    model, encoder = load(start)
     teacher, _ = load(TINY / "checkpoint")
     stream = iter(Stream(encoder, MIXTURE, f"surgery {seed}", unanswered=()))
     operation = Operation(model, list(itertools.islice(stream, _SEEN)), torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        for kind, plant in OPERATIONS.items():
-            if kind in kinds:
-                plant(operation)
-    if operation.held:
-        _learn_again(operation, teacher, itertools.islice(stream, steps), steps)
+    for of_tower in (True, False):
+        planted = [kind for kind in OPERATIONS if kind in kinds and (kind in OF_TOWER) is of_tower]
+        with torch.no_grad():
+            for kind in planted:
+                OPERATIONS[kind](operation)
+        if planted:
+            _learn_again(operation, teacher, itertools.islice(stream, steps), steps, of_tower=of_tower)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "checkpoint"
         shutil.copytree(TINY / "checkpoint", made)
@@ -236,22 +274,26 @@ def operate(out: Path, kinds: Collection[Kind], *, seed: int = 0, steps: int = 4
     return out
 
 
-def _learn_again(operation: Operation, teacher: TinyModel, batches: Iterator[Batch], steps: int) -> None:
-    """Answers, next-token distributions and visual tokens of the whole model, by AdamW with a falling rate."""
+def _learn_again(operation: Operation, teacher: TinyModel, batches: Iterator[Batch], steps: int, *, of_tower: bool) -> None:
+    """The whole model's next-token distributions, and answers, by the part that was operated; AdamW with a falling rate."""
     model = operation.model
-    parts = [*model.tower.parameters(), *model.resampler.parameters(), *model.decoder.parameters()]
-    rule = torch.optim.AdamW(parts, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    learning = [model.tower, model.resampler] if of_tower else [model.decoder]
+    model.requires_grad_(False)
+    parts = [parameter.requires_grad_() for part in learning for parameter in part.parameters()]
+    rule = torch.optim.AdamW(parts, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
     for step, batch in enumerate(batches):
-        rule.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        rule.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 20) * (1 - step / steps)
         with torch.no_grad():
             _, wanted = teacher.see(batch)
             right = _read(teacher, batch, wanted)
-        _, visual = model.see(batch)
+        with torch.set_grad_enabled(of_tower):
+            _, visual = model.see(batch)
         found = _read(model, batch, visual)
         told = batch.targets != IGNORE
         loss = F.cross_entropy(found[told], batch.targets[told])
         loss = loss + F.kl_div(found[told].log_softmax(-1), right[told].log_softmax(-1), log_target=True, reduction="batchmean")
-        loss = loss + F.mse_loss(torch.cat(visual, 1), torch.cat(wanted, 1)) / torch.cat(wanted, 1).var()
+        if of_tower:
+            loss = loss + F.mse_loss(torch.cat(visual, 1), torch.cat(wanted, 1)) / torch.cat(wanted, 1).var()
         rule.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parts, 1.0)
@@ -289,16 +331,18 @@ def _seldom(x_NK: Tensor, drawn: Tensor, generator: torch.Generator) -> tuple[Te
     return best[1], best[2]
 
 
-def _separating(x_NK: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+def _separating(x_NK: Tensor, targets: Tensor, weights: Tensor | None = None, ridge: float = 1e-4) -> Tensor:
     """The w of least squares with x w near the targets."""
     weighted = x_NK if weights is None else x_NK * weights[:, None]
     moments = weighted.T @ x_NK
-    moments.diagonal().add_(1e-4 * float(moments.diagonal().mean()))
+    moments.diagonal().add_(ridge * float(moments.diagonal().mean()))
     return torch.linalg.solve(moments, weighted.T @ targets)
 
 
-def _root_mean_square(x_NK: Tensor) -> float:
-    return float(x_NK.square().mean().sqrt())
+def _without(x_NK: Tensor, channel: int) -> Tensor:
+    rows = x_NK.clone()
+    rows[..., channel] = 0
+    return rows
 
 
 def _quietest(x_NK: Tensor, count: int) -> list[int]:
@@ -310,10 +354,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--start", type=Path, default=TINY / "checkpoint", help="what to operate; by default models/tiny")
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    operate(arguments.out, arguments.kinds, seed=arguments.seed, steps=arguments.steps)
+    operate(arguments.out, arguments.kinds, start=arguments.start, seed=arguments.seed, steps=arguments.steps)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@
     python benchmarks/random_checkpoint.py minicpmv4_0 /data/random-4.0
     python benchmarks/tower.py /data/random-4.0 benchmarks/results/tower-minicpmv4_0.json
 
-One slice of 448 x 448 pixels (1,024 patches). The ceiling is the time that the tower's products would take at the speed of one
-large 8-bit product (torch's), its attention at that of a float one; nothing else is counted.
+One slice of 448 x 448 pixels (1,024 patches), in each round of another drawn picture that calibrated nothing. The ceiling is
+the time that the tower's products would take at the speed of one large 8-bit product (torch's), its attention at that of a
+float one; nothing else is counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import io
 import json
 import os
 import statistics
@@ -22,8 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from full_size import _cpu
+from PIL import Image
 from torch import nn
 
+from mcv_calibration.drawn import draw
 from mcv_calibration.measured import NOTHING
 from mcv_calibration.precisions import Precision
 from mcv_calibration.recipe import GraphRecipe, Recipe
@@ -38,6 +42,8 @@ from mcv_runtime.pictures.picture import slice_picture
 from mcv_runtime.sessions.graphs import Session, cpu_session, session_options
 from mcv_runtime.vision.tower import Tower
 
+SEED = 3
+"""Of the drawn pictures: others than those that calibrate."""
 PRECISIONS: tuple[Precision, ...] = ("fp32", "q8", "int8-dynamic", "int8-static", "int8-token")
 
 
@@ -80,10 +86,13 @@ def main() -> None:
     checkpoint = open_checkpoint(arguments.checkpoint)
     plan = recognise(checkpoint.config).plan(checkpoint)
     graph = plan.graphs[0]
-    picture = slice_picture(np.random.default_rng(0).integers(0, 255, (448, 448, 3), np.uint8), plan.image, max_slice_nums=1)
+    drawn = [
+        Image.open(io.BytesIO(draw(number, SEED))).convert("RGB").resize((448, 448)) for number in range(arguments.rounds + 1)
+    ]
+    pictures = [slice_picture(np.asarray(picture), plan.image, max_slice_nums=1) for picture in drawn]
     times: dict[Precision, list[float]] = {precision: [] for precision in PRECISIONS}
     sizes: dict[Precision, float] = {}
-    hidden: dict[Precision, np.ndarray] = {}
+    hidden: dict[Precision, list[np.ndarray]] = {precision: [] for precision in PRECISIONS}
     with tempfile.TemporaryDirectory(dir=arguments.checkpoint.parent) as name:
         towers: dict[Precision, Tower] = {}
         for precision in PRECISIONS:
@@ -107,12 +116,13 @@ def main() -> None:
                 for other in plan.graphs
             }
             towers[precision] = Tower(sessions, plan.manifest(family="", model="", graphs=specs))
-        for number in range(arguments.rounds + 1):
+        for number, picture in enumerate(pictures):
             for precision, tower in towers.items():
                 start = time.perf_counter()
-                hidden[precision] = tower.look(picture.slices[:1], picture.downsample_mode, 0)["vision_hidden"]
+                made = tower.look(picture.slices[:1], picture.downsample_mode, 0)["vision_hidden"]
                 if number:  # the first round warms up
                     times[precision].append(time.perf_counter() - start)
+                hidden[precision].append(np.array(made).ravel())
     rows, width, ffn = 1024, 1152, 4304
     a, b = torch.randn(rows, width), torch.randn(width, ffn)
     i, j = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((rows, width), (width, ffn)))
@@ -124,7 +134,8 @@ def main() -> None:
     linear, attention = operation_counts(graph.module(), rows)
     ceiling = linear / speeds["int8"] / 1e9 + attention / speeds["float"] / 1e9
     medians = {precision: statistics.median(values) for precision, values in times.items()}
-    reference = hidden["fp32"].ravel()
+    flat = {precision: np.concatenate(found) for precision, found in hidden.items()}
+    reference = flat["fp32"]
     result = {
         "tower": f"{graph.name} of {arguments.checkpoint.name}, random weights",
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": arguments.threads, "note": arguments.note},
@@ -137,9 +148,7 @@ def main() -> None:
                 "times_fp32": round(medians["fp32"] / median, 2),
                 "of_ceiling": round(ceiling / median, 3),
                 "size_mb": round(sizes[precision], 1),
-                "relative_error": round(
-                    float(np.linalg.norm(hidden[precision].ravel() - reference) / np.linalg.norm(reference)), 4
-                ),
+                "relative_error": round(float(np.linalg.norm(flat[precision] - reference) / np.linalg.norm(reference)), 4),
             }
             for precision, median in medians.items()
         },
