@@ -34,6 +34,11 @@ from mcv_export.build import BuildOptions, build
 from mcv_export.precision import Wishes
 from mcv_runtime import Answer, Options, Picture, Request
 
+
+def _decoder(**settings: Any) -> Wishes:
+    return Wishes(settings={"decoder_with_past": settings})
+
+
 MODELS: dict[str, tuple[Kind, ...]] = {
     "plain": (),
     **{kind: (kind,) for kind in KINDS},
@@ -44,6 +49,9 @@ RECIPES: dict[str, Wishes] = {
     "q8": Wishes(precision="q8"),
     "int8-static vision": Wishes(graphs=STATIC),
     "int8-token": Wishes(precision="int8-token"),
+    "blocks of 32, k-quant": _decoder(method="k-quant"),
+    "blocks of 128": _decoder(block_size=128),
+    "blocks of 128, k-quant": _decoder(block_size=128, method="k-quant"),
 }
 DISTRIBUTIONS = 120
 """Questions along whose answers next tokens are compared."""

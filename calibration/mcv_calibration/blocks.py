@@ -10,14 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from mcv_calibration.grids import Floats, Grid, nearest
-from mcv_calibration.hqq import hqq
 from mcv_calibration.k_quant import k_quant
 from mcv_graphs.formats import WeightFormat
 from mcv_graphs.ops import dequantize
 from mcv_runtime.errors import OptionError, shown
 
-Method = Literal["rtn", "k-quant", "hqq"]
-METHODS: tuple[Method, ...] = ("rtn", "k-quant", "hqq")
+Method = Literal["rtn", "k-quant"]
+METHODS: tuple[Method, ...] = ("rtn", "k-quant")
 _TILE_BLOCKS = 4096
 """Blocks that are worked on at once: few enough for a processor's cache, which is what makes the searches affordable."""
 
@@ -93,9 +92,7 @@ def dequantize_rows(blocks: Blocks, weights: WeightFormat, width: int) -> Floats
 
 
 def _grid(values_SM: Floats, weights: WeightFormat, method: Method, importance_SM: Floats | None) -> Grid:
-    if method == "k-quant":
-        return k_quant(values_SM, weights, importance_SM)
-    return hqq(values_SM, weights) if method == "hqq" else nearest(values_SM, weights)
+    return k_quant(values_SM, weights, importance_SM) if method == "k-quant" else nearest(values_SM, weights)
 
 
 def _spread(importance_K: Floats, count: int, size: int, rows: int) -> Floats:

@@ -17,8 +17,6 @@ LEVELS = 256
 PERCENTILE = 99.999
 """Percent of the values inside the range; half of the rest is cut off at each end. On the demonstration model 99.99 already
 costs the rare values that single patches live on: their worst visual token falls from a cosine of 0.995 to 0.977."""
-_CANDIDATES = 20
-"""Ends that entropy tries on each side of zero."""
 
 
 def find_range(histogram: Histogram, method: Ranges) -> Range:
@@ -83,42 +81,8 @@ def _tail(
     return number, np.maximum(second - 2 * ends * first + ends**2 * number, 0.0)
 
 
-def entropy(histogram: Histogram) -> tuple[float, float]:
-    """The ends at which the quantized distribution says most about the clipped one (least Kullback-Leibler divergence).
-
-    Source: S. Migacz, 8-bit inference with TensorRT (GTC 2017); here both ends move on their own.
-    """
-    counts, edges = histogram.counts, histogram.edges
-    zero = int(np.clip(-histogram.start, 0, len(counts)))
-    fractions = np.linspace(1.0, 0.05, _CANDIDATES)
-    lows = sorted({zero - round(zero * fraction) for fraction in fractions})
-    highs = sorted({zero + round((len(counts) - zero) * fraction) for fraction in fractions}, reverse=True)
-    pairs = [(a, b) for a in lows for b in highs if b - a >= LEVELS] or [(0, len(counts))]
-    first, last = min(pairs, key=lambda pair: _divergence(counts, *pair))
-    return max(float(edges[first]), histogram.low), min(float(edges[last]), histogram.high)
-
-
-def _divergence(counts: NDArray[np.int64], first: int, last: int) -> float:
-    """KL(clipped || quantized) of the bins [first, last) at 256 levels; infinite if nothing is left."""
-    kept = counts[first:last].astype(np.float64)
-    if not kept.any():
-        return np.inf
-    clipped = kept.copy()
-    clipped[0] += counts[:first].sum()
-    clipped[-1] += counts[last:].sum()
-    level = np.arange(len(kept)) * LEVELS // len(kept)
-    filled = kept > 0
-    share = np.bincount(level, kept) / np.maximum(np.bincount(level, filled), 1)
-    quantized = np.where(filled, share[level], 0.0)
-    present = clipped > 0
-    p = clipped[present] / clipped.sum()
-    q = np.maximum(quantized[present] / quantized.sum(), 1e-12)  # what clipping moved into an empty bin is not forbidden
-    return float(np.sum(p * np.log(p / q)))
-
-
 METHODS: dict[Ranges, Callable[[Histogram], tuple[float, float]]] = {
     "minmax": minmax,
     "percentile": percentile,
-    "entropy": entropy,
     "mse": mse,
 }

@@ -13,8 +13,8 @@ from mcv_runtime.bundle.manifest import GraphName
 from mcv_runtime.errors import OptionError, shown
 from mcv_runtime.files import parse_json
 
-Method = Literal["rtn", "k-quant", "hqq", "gptq"]
-Ranges = Literal["minmax", "percentile", "entropy", "mse"]
+Method = Literal["rtn", "k-quant", "gptq"]
+Ranges = Literal["minmax", "percentile", "mse"]
 
 
 def require_known(keys: Iterable[str], known: Sequence[str], where: str) -> None:

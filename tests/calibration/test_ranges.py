@@ -70,39 +70,6 @@ def test_mse_is_near_the_least_there_is(values: np.ndarray) -> None:
     assert squared_error(values, found.low, found.high) <= least * 1.02
 
 
-@pytest.mark.parametrize("values", CASES.values(), ids=CASES)
-def test_entropy_is_the_least_divergence(values: np.ndarray) -> None:
-    histogram = Histogram()
-    histogram.add(values)
-    found = find_range(histogram, "entropy")
-    edges = histogram.edges
-    low, high = METHODS["entropy"](histogram)
-    assert (found.low, found.high) == (min(low, 0.0), max(high, 0.0))
-    first, last = int(np.searchsorted(edges, low, side="right")) - 1, int(np.searchsorted(edges, high))
-    zero = min(max(-histogram.start, 0), len(edges) - 1)
-    shares = (1.0, 0.6, 0.3)
-    others = {(zero - round(zero * a), zero + round((len(edges) - 1 - zero) * b)) for a, b in itertools.product(shares, shares)}
-    least = min(divergence(values, edges, *pair) for pair in others if pair[1] - pair[0] >= LEVELS)
-    assert divergence(values, edges, first, last) <= least * (1 + 1e-9)
-
-
-def divergence(values: np.ndarray, edges: np.ndarray, first: int, last: int) -> float:
-    """Sum of p log(p / q): p the clipped values' distribution over bins, q that of the values at 256 levels."""
-    bins = np.searchsorted(edges, values.ravel(), side="right") - 1
-    kept = [int(count) for count in np.bincount(bins, minlength=len(edges))[first:last]]
-    clipped = list(kept)
-    clipped[0] += int(np.sum(values < edges[first]))
-    clipped[-1] += int(np.sum(values >= edges[last]))
-    quantized = [0.0] * len(kept)
-    for level in range(LEVELS):
-        members = range(-(-level * len(kept) // LEVELS), -(-(level + 1) * len(kept) // LEVELS))
-        filled = [i for i in members if kept[i]]
-        for i in filled:
-            quantized[i] = sum(kept[j] for j in members) / len(filled)
-    pairs = [(p / sum(clipped), max(q / sum(quantized), 1e-12)) for p, q in zip(clipped, quantized, strict=True) if p]
-    return sum(p * math.log(p / q) for p, q in pairs)
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
 def test_constants(method: Ranges, value: float) -> None:
@@ -119,5 +86,5 @@ def test_no_method_goes_past_the_extremes(method: Ranges, values: np.ndarray) ->
 
 
 def test_an_unknown_method() -> None:
-    with pytest.raises(OptionError, match="choose one of minmax, percentile, entropy, mse"):
+    with pytest.raises(OptionError, match="choose one of minmax, percentile, mse"):
         of(CASES["normal"], "median")  # type: ignore[arg-type]

@@ -34,7 +34,9 @@ RECIPES: dict[str, Recipe] = {
         graphs={
             "vision_encoder": STATIC,
             "resampler": GraphRecipe(precision="int8-static", ranges="minmax", smoothing=0.0),
-            "decoder_with_past": GraphRecipe(precision="int8-static", layers={"layers.0": "q4", "lm_head": "q8"}, method="hqq"),
+            "decoder_with_past": GraphRecipe(
+                precision="int8-static", layers={"layers.0": "q4", "lm_head": "q8"}, method="k-quant"
+            ),
         },
     ),
     "minicpmv4_6": Recipe(
