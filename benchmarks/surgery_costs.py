@@ -50,6 +50,7 @@ RECIPES: dict[str, Wishes] = {
     "int8-static vision": Wishes(graphs=STATIC),
     "int8-token": Wishes(precision="int8-token"),
     "blocks of 32, k-quant": _decoder(method="k-quant"),
+    "blocks of 64, k-quant": _decoder(block_size=64, method="k-quant"),
     "blocks of 128": _decoder(block_size=128),
     "blocks of 128, k-quant": _decoder(block_size=128, method="k-quant"),
 }
@@ -58,15 +59,15 @@ DISTRIBUTIONS = 120
 
 
 def checkpoint_of(model: str, folder: Path, steps: int) -> Path:
-    """Operated once, and kept; the model with all kinds begins with the tower of the one that has the tower's alone."""
+    """Operated once, and kept; the model with all kinds begins with the one that takes longest to learn again."""
     if not MODELS[model]:
         return TINY / "checkpoint"
     path = folder / model
     if not path.exists():
         kinds, start = list(MODELS[model]), TINY / "checkpoint"
         if model == "all":
-            start = checkpoint_of("spikes", folder, steps)
-            kinds.remove("spikes")
+            start = checkpoint_of("residual", folder, steps)
+            kinds.remove("residual")
         operate(path, kinds, start=start, steps=steps)
     return path
 
