@@ -24,14 +24,15 @@ def prepare(settings: dict[str, Any]) -> None:
 
 
 def prepare_decoder(settings: dict[str, Any], out: Path) -> None:
-    """What `optimum-cli export openvino --weight-format int4 --group-size 128` makes."""
+    """What `optimum-cli export openvino --weight-format int4 --group-size 128 --group-size-fallback ignore` makes."""
     if (out / "openvino_model.xml").exists():
         return
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
     checkpoint = Path(settings["checkpoint"])
     source = hf_decoder.save(Shape.of(checkpoint), checkpoint, Path(settings["folder"]) / "hf")
-    config = OVWeightQuantizationConfig(bits=4, group_size=128)
+    # 4.6's angles of positions are a product with one channel, which without a fallback is an error
+    config = OVWeightQuantizationConfig(bits=4, group_size=128, group_size_fallback="ignore")
     model = OVModelForCausalLM.from_pretrained(source, export=True, compile=False, quantization_config=config)
     part = out.with_name("decoder.part")
     model.save_pretrained(part)
