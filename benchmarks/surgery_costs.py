@@ -49,10 +49,10 @@ RECIPES: dict[str, Wishes] = {
     "q8": Wishes(precision="q8"),
     "int8-static vision": Wishes(graphs=STATIC),
     "int8-token": Wishes(precision="int8-token"),
-    "blocks of 32, k-quant": _decoder(method="k-quant"),
-    "blocks of 64, k-quant": _decoder(block_size=64, method="k-quant"),
-    "blocks of 128": _decoder(block_size=128),
-    "blocks of 128, k-quant": _decoder(block_size=128, method="k-quant"),
+    "blocks of 32, rounded": _decoder(block_size=32, method="rtn"),
+    "blocks of 32, k-quant": _decoder(block_size=32),
+    "blocks of 64, k-quant": _decoder(block_size=64),
+    "blocks of 128, rounded": _decoder(method="rtn"),
 }
 DISTRIBUTIONS = 120
 """Questions along whose answers next tokens are compared."""

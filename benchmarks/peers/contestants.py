@@ -35,12 +35,12 @@ CONTESTANTS = (
         measures=(*TEXT, "vision", "cold picture"),
     ),
     Contestant(
-        name="mcv block 128",
+        name="mcv block 32",
         environment=OWN,
         worker="mcv_worker.py",
         folder="mcv",
-        variant="block 128",
-        loads="block-128/",
+        variant="block 32",
+        loads="block-32/",
         measures=(*TEXT, "cold picture"),
     ),
     Contestant(

@@ -13,7 +13,7 @@ import protocol
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    "block 128": {"graphs": {"decoder_with_past": {"block_size": 128}}},
+    "block 32": {"graphs": {"decoder_with_past": {"block_size": 32, "method": "rtn"}}},
     "pictures fp32": {"graphs": {"*": {"precision": "fp32"}, "decoder_with_past": {"precision": "q4"}}},
 }
 """Builds that take part, by what they are called; the last is what OpenVINO reads."""

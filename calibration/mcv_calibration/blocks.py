@@ -17,6 +17,8 @@ from mcv_runtime.errors import OptionError, shown
 
 Method = Literal["rtn", "k-quant"]
 METHODS: tuple[Method, ...] = ("rtn", "k-quant")
+_USUAL: dict[int, Method] = {4: "k-quant", 8: "rtn"}
+"""By bits, where nobody says: 8 have next to nothing to gain from a search."""
 _TILE_BLOCKS = 4096
 """Blocks that are worked on at once: few enough for a processor's cache, which is what makes the searches affordable."""
 
@@ -30,11 +32,14 @@ class Blocks:
     zero_points: NDArray[np.uint8] | None
 
 
-def quantize_rows(rows_NK: Floats, weights: WeightFormat, method: Method = "rtn", importance_K: Floats | None = None) -> Blocks:
+def quantize_rows(
+    rows_NK: Floats, weights: WeightFormat, method: Method | None = None, importance_K: Floats | None = None
+) -> Blocks:
     """Quantize [N, K]; each row of each block of K gets a scale, and without symmetry a zero point.
 
     `importance_K`: how much an error of each input channel weighs, for example its mean square; k-quant alone heeds it.
     """
+    method = method or _USUAL[weights.bits]
     if method not in METHODS:
         raise OptionError(f"method {shown(method)} is none of {', '.join(METHODS)}")
     rows, width = rows_NK.shape

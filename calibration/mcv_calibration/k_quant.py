@@ -11,8 +11,9 @@ import numpy as np
 from mcv_calibration.grids import Floats, Grid, nearest
 from mcv_graphs.layers import WeightFormat
 
-_SPANS = {4: tuple(np.linspace(0.66, 1.1, 12)), 8: (0.98, 0.99)}
-"""Widths of the ranges tried, as shares of the block's own; with 8 bits there is next to nothing to gain."""
+_SPANS = {4: tuple(np.linspace(0.7, 1.1, 9)), 8: (0.98, 0.99)}
+"""Widths of the ranges tried, as shares of the block's own; more of them gain nothing, and with 8 bits there is next
+to nothing to gain."""
 
 
 def k_quant(values_SM: Floats, weights: WeightFormat, importance_SM: Floats | None = None) -> Grid:

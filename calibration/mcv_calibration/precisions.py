@@ -5,6 +5,7 @@ Another one is a file with its format (`mcv_graphs.formats.LayerFormat`) and its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Formats are torch's business, which takes seconds to import: they are imported when a layer gets one.
 
+_LEAST_BLOCK = 32
 Precision: TypeAlias = str
 """A key of `PRECISIONS`."""
 Makers: TypeAlias = "Mapping[str, onnx.NodeProto]"
@@ -37,8 +39,8 @@ class PrecisionSpec:
     """The format of a layer, by block size and target."""
     table: Precision | None = None
     """What an embedding has in its place."""
-    in_blocks: bool = False
-    """Whether weights are cut into blocks, for which there are sizes and methods."""
+    block_size: int = 0
+    """Of weights that are cut into blocks, for which there are sizes and methods, where a recipe says nothing of it; else 0."""
     in_int8: bool = False
     """Whether 8-bit integers are multiplied, for which processors differ."""
     static: bool = False
@@ -48,6 +50,10 @@ class PrecisionSpec:
     tells: Callable[[onnx.NodeProto, Makers], bool] = field(default=lambda node, makers: True)
     """Whether such a node is of this precision, where others have the operator too."""
 
+    def usual_block(self, *tables: int) -> int:
+        """The usual size of blocks, or less where that cuts the rows of tables of these widths evenly, as it must."""
+        return max(math.gcd(self.block_size, *tables), _LEAST_BLOCK)
+
 
 def _float32(block_size: int, target: Target) -> LayerFormat:
     from mcv_graphs.formats import FLOAT32
@@ -55,18 +61,18 @@ def _float32(block_size: int, target: Target) -> LayerFormat:
     return FLOAT32
 
 
-def _blocks(bits: int, higher: Precision) -> PrecisionSpec:
-    def layer(block_size: int, target: Target) -> LayerFormat:
+def _blocks(bits: int, higher: Precision, block_size: int) -> PrecisionSpec:
+    def layer(size: int, target: Target) -> LayerFormat:
         from mcv_graphs.formats import WeightFormat
 
-        return WeightFormat(bits=bits, block_size=block_size)
+        return WeightFormat(bits=bits, block_size=size)
 
     return PrecisionSpec(
         name=f"q{bits}",
         suffix=f"_q{bits}",
         higher=higher,
         layer=layer,
-        in_blocks=True,
+        block_size=block_size,
         operators={"MatMulNBits": 1, "GatherBlockQuantized": 0},
         tells=lambda node, makers: any(each.name == "bits" and each.i == bits for each in node.attribute),
     )
@@ -108,8 +114,8 @@ PRECISIONS: dict[Precision, PrecisionSpec] = {
     spec.name: spec
     for spec in (
         PrecisionSpec(name="fp32", suffix="", higher=None, layer=_float32, operators={"MatMul": 1, "Gemm": 1, "Gather": 0}),
-        _blocks(8, "fp32"),
-        _blocks(4, "q8"),
+        _blocks(8, "fp32", 32),
+        _blocks(4, "q8", 128),
         _int8("static", "_int8", "MatMulIntegerToFloat", lambda node, makers: not rounds_rows(node, makers)),
         _int8("dynamic", "_int8_dynamic", "DynamicQuantizeMatMul", lambda node, makers: True),
         _int8("token", "_int8_token", "MatMulIntegerToFloat", rounds_rows),

@@ -31,15 +31,16 @@ class GraphRecipe:
     """How one graph is quantized.
 
     `layers`: a path or the beginning of one, such as `layers.3`, `layers.3.fc2` or `lm_head`, whose precision differs; the
-    longest that fits decides. `method` finds the numbers of q8 and q4 blocks of `block_size`; `ranges` those of static
-    activations. `smoothing`: how much of its inputs' outliers a layer's weight takes over, from 0 (none) to 1.
-    `prune_ffn`: the part of the feed-forward channels that is left out.
+    longest that fits decides. `method` finds the numbers of q8 and q4 blocks of `block_size`: by default k-quant those of 128
+    in q4, and rounding those of 32 in q8. `ranges` finds those of static activations. `smoothing`: how much of its inputs'
+    outliers a layer's weight takes over, from 0 (none) to 1. `prune_ffn`: the part of the feed-forward channels that is left
+    out.
     """
 
     precision: Precision
     layers: Mapping[str, Precision] = field(default_factory=dict)
-    method: Method = "rtn"
-    block_size: int = 32
+    method: Method | None = None
+    block_size: int | None = None
     ranges: Ranges = "percentile"
     smoothing: float = 0.5
     prune_ffn: float = 0.0
@@ -47,7 +48,7 @@ class GraphRecipe:
     def __post_init__(self) -> None:
         for value, known in (
             *((precision, tuple(PRECISIONS)) for precision in self.precisions),
-            (self.method, get_args(Method)),
+            (self.method, (None, *get_args(Method))),
             (self.ranges, get_args(Ranges)),
         ):
             if value not in known:
@@ -56,7 +57,7 @@ class GraphRecipe:
             raise OptionError(f"smoothing={self.smoothing} is not between 0 and 1")
         if not 0 <= self.prune_ffn < 1:
             raise OptionError(f"prune_ffn={self.prune_ffn} is not a part of the channels, from 0 to below 1")
-        if self.block_size < 16 or self.block_size & (self.block_size - 1):
+        if self.block_size is not None and (self.block_size < 16 or self.block_size & (self.block_size - 1)):
             raise OptionError(f"block_size={self.block_size} is not a power of two of at least 16")
 
     @property
@@ -67,7 +68,7 @@ class GraphRecipe:
     @property
     def in_blocks(self) -> bool:
         """Whether layers are stored in blocks."""
-        return any(PRECISIONS[precision].in_blocks for precision in self.precisions)
+        return any(PRECISIONS[precision].block_size for precision in self.precisions)
 
     @property
     def in_int8(self) -> bool:
@@ -93,8 +94,8 @@ class GraphRecipe:
         """What JSON can hold: only what matters to this precision."""
         told = {
             "layers": bool(self.layers),
-            "method": self.in_blocks,
-            "block_size": self.in_blocks,
+            "method": self.in_blocks and self.method is not None,
+            "block_size": self.in_blocks and self.block_size is not None,
             "ranges": self.static,
             "smoothing": self.precisions != {"fp32"},
             "prune_ffn": self.prune_ffn > 0,

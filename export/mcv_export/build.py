@@ -52,7 +52,7 @@ class BuildOptions:
     """
 
     precision: Precision | Mapping[GraphName, Precision] = field(default_factory=dict)
-    block_size: int = 32
+    block_size: int | None = None
     recipe: Recipe | None = None
     samples: SampleOptions = field(default_factory=SampleOptions)
     """What to calibrate with, where the recipe asks for it."""

@@ -31,7 +31,7 @@ def eager_module(
     *,
     formats: Mapping[str, LayerFormat] | None = None,
     measured: Measured = NOTHING,
-    method: Method = "rtn",
+    method: Method | None = None,
     resident: int = RESIDENT,
 ) -> nn.Module:
     """The module, by default in float32; its large weights are read and quantized when they are used and dropped afterwards.

@@ -27,7 +27,7 @@ class Storage:
 
     formats: Mapping[str, LayerFormat] = field(default_factory=dict)
     measured: Measured = NOTHING
-    method: Method = "rtn"
+    method: Method | None = None
 
     def module(self, plan: GraphPlan) -> nn.Module:
         """The plan's module with its layers in these formats, without the channels that are not kept."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mcv_calibration.precisions import Precision
+from mcv_calibration.precisions import PRECISIONS, Precision
 from mcv_calibration.recipe import Recipe
 from mcv_export.checkpoint import Checkpoint
 from mcv_export.plan import GraphPlan, ModelPlan
@@ -33,12 +33,13 @@ def screened(plan: ModelPlan, checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
         if own is None or graph.shares or "q4" not in own.precisions:
             continue
         sources = resolve(graph, checkpoint)
-        raised = {
-            path
-            for path, errors in ((EMBEDDING, _of_columns), (HEAD, _of_rows))
-            if f"{path}.weight" in sources and path not in own.layers and own.precision_of(path) == "q4"
-            if errors(sources[f"{path}.weight"], own.block_size) > LARGEST_ERROR
-        }
+        raised = set()
+        for path, errors in ((EMBEDDING, _of_columns), (HEAD, _of_rows)):
+            table = sources.get(f"{path}.weight")
+            if table is None or path in own.layers or own.precision_of(path) != "q4":
+                continue
+            if errors(table, own.block_size or PRECISIONS["q4"].usual_block(table.shape[1])) > LARGEST_ERROR:
+                raised.add(path)
         if raised and _tied(graph):
             raised = {EMBEDDING, HEAD}  # one table serves as both
         graphs[graph.name] = replace(own, layers={**dict.fromkeys(sorted(raised), HIGHER), **own.layers})

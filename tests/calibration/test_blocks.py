@@ -156,7 +156,7 @@ def _export(
     plan: GraphPlan, weights: WeightFormat, layer: Linear | Embedding, rows: np.ndarray, folder: Path, **others: np.ndarray
 ) -> Path:
     """Fill `layer` and an exported graph with the same blocks."""
-    blocks = quantize_rows(rows, weights)
+    blocks = quantize_rows(rows, weights, "rtn")
     values = {"qweight": blocks.qweight, "scales": blocks.scales, "zero_points": blocks.zero_points, **others}
     model, _ = trace(plan, Storage(formats={"": weights}))
     for name, value in values.items():

@@ -106,7 +106,7 @@ def test_logits_are_closer_than_those_of_rounding_to_nearest(golden: Golden, tmp
     formats = golden.formats
     gptq = quantize_layers(golden.decoder, golden.states(32, 0, 1), golden.weight, formats, tmp_path)
     assert set(gptq) == set(formats)
-    rtn = {path: quantize_rows(golden.weight(path), Q4) for path in formats}
+    rtn = {path: quantize_rows(golden.weight(path), Q4, "rtn") for path in formats}
     held_out = golden.states(12, 2)
     exact = golden.logits(held_out)
     errors = [float(np.linalg.norm(golden.quantized_logits(blocks, held_out) - exact)) for blocks in (gptq, rtn)]
