@@ -79,9 +79,13 @@ class Race:
 
     def leave_out(self, one: Contestant, reason: object) -> None:
         say(f"{one.name} is left out: {reason}")
-        self.result["left_out"][one.name] = str(reason)
+        self.result["left_out"][one.name] = self.told(reason)
         self.taking_part = [other for other in self.taking_part if other is not one]
         self.write()
+
+    def told(self, reason: object) -> str:
+        """A reason that is kept: files by their names in the cache, not by where that lies on this machine."""
+        return str(reason).replace(f"{self.cache}{os.sep}", "")
 
     def prepare(self) -> None:
         """Environments and files, those that are not there yet."""
@@ -158,7 +162,7 @@ class Race:
                         )
                     except WorkerError as error:
                         say(f"{one.name}, {measure}: {error}")
-                        self.result["left_out"][f"{one.name}, {measure}"] = str(error)
+                        self.result["left_out"][f"{one.name}, {measure}"] = self.told(error)
                         continue
                     samples.append({"first_token": round(took, 3), "peak_rss_mb": round(memory)})
                     say(f"{measure} {number + 1}, {one.name}: {samples[-1]}")

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-from onnxscript import optimizer
+from onnxscript import optimizer, rewriter
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -43,7 +43,8 @@ def trace(plan: GraphPlan, storage: Storage = IN_FLOAT) -> tuple[ir.Model, nn.Mo
         for name, value in model.graph.initializers.items():
             if name in weights:
                 value.const_value = None  # a value would be folded, and small weights would vanish into others
-        optimizer.optimize_ir(model)
+        with _without_slices_split():
+            optimizer.optimize_ir(model)
     _drop_unused_outputs(model)
     _name_axes(model, io)
     ClearMetadataAndDocStringPass()(model)  # the tracer's call stacks: this machine's paths, and two thirds of the file
@@ -127,6 +128,15 @@ _operators = cache(ONNXRegistry.from_torchlib)
 def _operators_once() -> AbstractContextManager[object]:
     """The exporter reads the sources of its 2,000 operators anew for every graph: much of the time of a small one."""
     return patch.object(ONNXRegistry, "from_torchlib", staticmethod(_operators))
+
+
+def _without_slices_split() -> AbstractContextManager[object]:
+    """The one rule whose pattern has two ends looks through the whole graph at every node, for what our modules never make.
+
+    With it a full-size int8-token tower took 107 seconds to trace, without it 43; the graphs are the same.
+    """
+    rules = tuple(rule for rule in getattr(rewriter, "_DEFAULT_REWRITE_RULES", ()) if rule.name != "SlicesSplit")
+    return patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules, create=True)
 
 
 @contextmanager
