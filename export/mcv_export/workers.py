@@ -14,20 +14,22 @@ from typing import Any
 from mcv_runtime.sessions.cores import default_threads
 
 PATIENCE_S = 5.0
-"""How long threads are waited for after an exception."""
+"""How long threads are waited for after a signal."""
 
 
 @contextmanager
 def workers(threads: int | None = None) -> Iterator[Executor]:
     """A pool, by default with a thread for each core; what has not begun when the block ends never will."""
     pool = _Pool(threads or default_threads() or os.cpu_count() or 1)
+    patience = None
     try:
         yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        pool.join(PATIENCE_S)
+    except BaseException as error:
+        patience = None if isinstance(error, Exception) else PATIENCE_S
         raise
-    pool.shutdown(cancel_futures=True)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        pool.join(patience)
 
 
 class _Pool(Executor):

@@ -33,6 +33,23 @@ def test_the_end_of_the_block_waits_for_what_has_begun_and_leaves_the_rest() -> 
 
 
 @pytest.mark.waits
+def test_an_error_waits_for_what_has_begun() -> None:
+    begun, free, done = threading.Event(), threading.Event(), []
+
+    def slow() -> None:
+        begun.set()
+        free.wait()
+        done.append(True)
+
+    with pytest.raises(ValueError), workers(1) as pool:
+        pool.submit(slow)
+        begun.wait()
+        threading.Timer(0.05, free.set).start()
+        raise ValueError
+    assert done == [True]
+
+
+@pytest.mark.waits
 def test_an_interruption_is_not_held_up_by_a_thread_that_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_of, "PATIENCE_S", 0.05)
     begun, never = threading.Event(), threading.Event()
