@@ -1,6 +1,7 @@
 """The pool of a build, also when a signal leaves one of its threads waiting for ever."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 
@@ -15,7 +16,8 @@ def test_results_errors_and_order() -> None:
 
 
 @pytest.mark.waits
-def test_the_end_of_the_block_waits_for_what_has_begun_and_leaves_the_rest() -> None:
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_the_end_of_the_block_waits_for_what_has_begun_and_leaves_the_rest(error: type[Exception] | None) -> None:
     begun, free, done = threading.Event(), threading.Event(), []
 
     def slow() -> None:
@@ -23,30 +25,15 @@ def test_the_end_of_the_block_waits_for_what_has_begun_and_leaves_the_rest() -> 
         free.wait()
         done.append(True)
 
-    with workers(1) as pool:
+    with pytest.raises(error) if error else nullcontext(), workers(1) as pool:
         pool.submit(slow)
         later = pool.submit(done.append, False)
         begun.wait()
         threading.Timer(0.05, free.set).start()
+        if error:
+            raise error
     assert done == [True]
     assert later.cancelled()
-
-
-@pytest.mark.waits
-def test_an_error_waits_for_what_has_begun() -> None:
-    begun, free, done = threading.Event(), threading.Event(), []
-
-    def slow() -> None:
-        begun.set()
-        free.wait()
-        done.append(True)
-
-    with pytest.raises(ValueError), workers(1) as pool:
-        pool.submit(slow)
-        begun.wait()
-        threading.Timer(0.05, free.set).start()
-        raise ValueError
-    assert done == [True]
 
 
 @pytest.mark.waits
