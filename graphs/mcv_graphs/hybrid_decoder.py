@@ -136,7 +136,7 @@ class HybridDecoder(nn.Module):
 
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each token: two [B * T, rotary_dim / 2]. Tables of a long context would outweigh a layer."""
-        positions = position_ids.to(torch.float32)
+        positions = ops.to_float(position_ids)
         if self.config.mrope_section:
             positions = positions.flatten(1).index_select(0, self.frequency_axes).transpose(0, 1)
         else:
@@ -294,4 +294,4 @@ def frequency_axes(config: HybridConfig) -> Tensor:
 
 def _row_numbers(input_ids: Tensor) -> Tensor:
     """[B, T] -> the flat index of each token, [B, T]."""
-    return torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
+    return torch.arange(input_ids.shape[0] * input_ids.shape[1], device=input_ids.device).view_as(input_ids)

@@ -6,10 +6,12 @@ and int8 weights; both signed was twelve times slower there.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from mcv_graphs.ops import emits
+from mcv_graphs.ops import emit_once, emits
 
 _LEVELS = 255
 _MAGNITUDES = 127
@@ -42,21 +44,32 @@ def token_matmul(x: Tensor, qweight: Tensor, weight_scales: Tensor, bias: Tensor
 
     `signed`: to int8 rather than uint8. One range, not the two ends: a row's own zero point would have to be taken out again.
     """
-    peaks = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
-    scales = peaks.clamp_min(_LEAST_PEAK) / _MAGNITUDES
     if emits():
-        # Made of constants, so that ONNX Runtime finds layers that read the same x to round it alike, and does so once.
-        dtype, zero = (torch.int8, 0) if signed else (torch.uint8, 128)
-        rows = x.reshape(-1, x.shape[-1])
-        inputs = (rows, scales.flatten(), torch.full((rows.shape[0],), zero, dtype=dtype))
-        rounded = torch.onnx.ops.symbolic("QuantizeLinear", inputs, {"axis": 0}, dtype=dtype, shape=rows.shape)
-        operands = (rounded, qweight, torch.ones(()), weight_scales, torch.full((), zero, dtype=dtype))
+        rows, rounded, scales = emit_once(("rows", signed), x, partial(_rounded_rows, signed=signed))
+        operands = (rounded, qweight, torch.ones(()), weight_scales, torch.full((), _zero(signed), dtype=rounded.dtype))
         name, shape = "com.microsoft::MatMulIntegerToFloat", (rows.shape[0], qweight.shape[1])
         y = torch.onnx.ops.symbolic(name, operands, dtype=torch.float32, shape=shape, version=1)
         y = y.view(*x.shape[:-1], qweight.shape[1]) * scales
     else:
+        scales = _row_scales(x)
         y = _scaled((x / scales).round_(), qweight, weight_scales, None) * scales
     return y if bias is None else y + bias
+
+
+def _row_scales(x: Tensor) -> Tensor:
+    peaks = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
+    return peaks.clamp_min(_LEAST_PEAK) / _MAGNITUDES
+
+
+def _rounded_rows(x: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., K] as rows [R, K], these rounded, and their scales [..., 1]."""
+    dtype, scales, rows = torch.int8 if signed else torch.uint8, _row_scales(x), x.reshape(-1, x.shape[-1])
+    inputs = (rows, scales.flatten(), torch.full((rows.shape[0],), _zero(signed), dtype=dtype))
+    return rows, torch.onnx.ops.symbolic("QuantizeLinear", inputs, {"axis": 0}, dtype=dtype, shape=rows.shape), scales
+
+
+def _zero(signed: bool) -> int:
+    return 0 if signed else 128
 
 
 def dynamic_matmul(x: Tensor, qweight: Tensor, weight_scales: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,22 +7,23 @@ Operator definitions: onnxruntime's ContribOperators.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_EMITTING: ContextVar[bool] = ContextVar("mcv_graphs_emitting", default=False)
+_Emitted: TypeAlias = dict[Any, tuple[Tensor, ...]]
+_EMITTING: ContextVar[_Emitted | None] = ContextVar("mcv_graphs_emitting", default=None)
 
 
 @contextmanager
 def emitting() -> Iterator[None]:
     """Trace inside this context to get ONNX Runtime operators instead of their torch equivalents."""
-    token = _EMITTING.set(True)
+    token = _EMITTING.set({})
     try:
         yield
     finally:
@@ -31,7 +32,21 @@ def emitting() -> Iterator[None]:
 
 def emits() -> bool:
     """Whether a function called now shall put an operator into a graph."""
-    return _EMITTING.get()
+    return _EMITTING.get() is not None
+
+
+def emit_once(key: Any, x: Tensor, made: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What `made` makes of x, in the graph once however many layers read x: a graph takes long to trace by its nodes."""
+    known = _EMITTING.get()
+    assert known is not None
+    if (key, id(x)) not in known:
+        known[key, id(x)] = (x, *made(x))  # with x, so that nothing else gets its id
+    return known[key, id(x)][1:]
+
+
+def to_float(x: Tensor) -> Tensor:
+    """x in float32. The exporter knows this operator, but `to` only once it has taken the whole graph apart."""
+    return torch.ops.aten._to_copy(x, dtype=torch.float32)
 
 
 def emit(op: str, inputs: Sequence[Tensor | None], shapes: Sequence[Sequence[Any]], /, **attributes: Any) -> Sequence[Tensor]:

@@ -90,8 +90,8 @@ class TemporalResampler(Resampler):
         self, vision_hidden: Tensor, patch_positions: Tensor, patch_times: Tensor
     ) -> Tensor:
         """As `Resampler`, L patches of all frames; patch_times [L]: the frame's time, -1 in a still picture."""
-        angles = patch_times.to(torch.float32).unsqueeze(-1) * self.time_frequencies
-        times = torch.cat((angles.sin(), angles.cos()), dim=-1) * (patch_times >= 0).to(torch.float32).unsqueeze(-1)
+        angles = ops.to_float(patch_times).unsqueeze(-1) * self.time_frequencies
+        times = torch.cat((angles.sin(), angles.cos()), dim=-1) * ops.to_float(patch_times >= 0).unsqueeze(-1)
         return self.resample(vision_hidden, sincos_positions(patch_positions, self.frequencies) + times)
 
 
@@ -123,6 +123,6 @@ def position_frequencies(width: int) -> Tensor:
 
 def sincos_positions(patch_positions: Tensor, frequencies: Tensor) -> Tensor:
     """[L, 2] (row, column) -> [L, width]: the first half encodes the column, the second the row, each as sines then cosines."""
-    angles = patch_positions.to(torch.float32).unsqueeze(-1) * frequencies  # [L, 2, width / 4]
+    angles = ops.to_float(patch_positions).unsqueeze(-1) * frequencies  # [L, 2, width / 4]
     row, column = angles.unbind(1)
     return torch.cat((column.sin(), column.cos(), row.sin(), row.cos()), dim=-1)
