@@ -15,6 +15,8 @@ from mcv_runtime.files import parse_json
 
 Method = Literal["rtn", "k-quant", "gptq"]
 Ranges = Literal["minmax", "percentile", "mse"]
+_NAMED = 12
+"""Known keys that an error lists at most."""
 
 
 def require_known(keys: Iterable[str], known: Sequence[str], where: str) -> None:
@@ -22,7 +24,8 @@ def require_known(keys: Iterable[str], known: Sequence[str], where: str) -> None
     for key in keys:
         if key not in known:
             near = [name for name in known if name.startswith(key)] or get_close_matches(key, known, 1)
-            meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            first = ", ".join((*known[:_NAMED], *["..."] * (len(known) > _NAMED)))
+            meant = f"did you mean {near[0]!r}?" if near else f"known are {first}"
             raise OptionError(f"{where} has the unknown key {shown(key)}; {meant}")
 
 

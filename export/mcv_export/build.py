@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from mcv_calibration.formats import require_layers
 from mcv_calibration.measured import NOTHING
 from mcv_calibration.precisions import PRECISIONS, Precision
 from mcv_calibration.recipe import Recipe
@@ -124,6 +127,9 @@ def build(
     _reject_unknown_tensors(plan, checkpoint, family.title)
     recipe = resolved(wanted, [graph.name for graph in plan.graphs if not graph.shares])
     for graph in plan.graphs:
+        if not graph.shares:
+            with torch.device("meta"):
+                require_layers(graph.module(), recipe.graphs[graph.name], f"the recipe's {graph.name}")
         resolve(graph, checkpoint)  # what is wrong with a tensor is said now, not when minutes of calibration are over
     recipe = screened(plan, checkpoint, recipe)
     with output_folder(out, checkpoint_folder, force=options.force) as folder, workers() as pool:

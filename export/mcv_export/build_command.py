@@ -54,7 +54,7 @@ def build_command(
         typer.Option(
             help="Of all graphs: float, weights in 8- or 4-bit blocks, or 8-bit integers throughout, their ranges measured "
             "beforehand (static), or in each call for all of it (dynamic) or each patch and token (token); q4 is the decoder's "
-            "alone. Default: decoder q4, vision and resampler int8-token.",
+            "alone. Default: decoder q4, vision int8-token, resampler int8-token and q8, merger q8.",
             metavar=_NAMES,
             show_default=False,
         ),

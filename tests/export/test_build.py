@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from mcv_export.precision import DEFAULT, Wishes
 from mcv_runtime import load
 from mcv_runtime.bundle.folder import Bundle
 from mcv_runtime.bundle.manifest import GraphName, Manifest, NeedsSpec
-from mcv_runtime.errors import BundleError
+from mcv_runtime.errors import BundleError, OptionError
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -151,7 +152,7 @@ def test_overrides_and_default(source: Path, tmp_path: Path) -> None:
 
 def test_four_bits_are_the_decoders_unless_another_graph_is_named() -> None:
     """In 4 bits a tower gives something a fifth wrong, and is slower than by default."""
-    vision = {"vision_encoder": DEFAULT["vision_encoder"], "resampler": DEFAULT["resampler"]}
+    vision = {name: DEFAULT[name] for name in ("vision_encoder", "resampler", "merger")}
     for wishes, expected in (
         (Wishes(precision="q4"), {**vision, "decoder_with_past": "q4"}),
         (
@@ -159,10 +160,28 @@ def test_four_bits_are_the_decoders_unless_another_graph_is_named() -> None:
             {**vision, "vision_encoder": "q4", "decoder_with_past": "q4"},
         ),
         (Wishes(precision="q4", graphs={"decoder_with_past": "q8"}), {**vision, "decoder_with_past": "q8"}),
-        (Wishes(precision="q8"), dict.fromkeys(GRAPHS, "q8")),
+        (Wishes(precision="q8"), dict.fromkeys((*GRAPHS, "merger"), "q8")),
         (Wishes(), {**vision, "decoder_with_past": "q4"}),
     ):
         assert {name: graph.precision for name, graph in wishes.recipe().graphs.items()} == expected
+
+
+def test_what_visual_tokens_are_sums_of_is_in_blocks_unless_the_graph_is_named(source: Path, tmp_path: Path) -> None:
+    """In products of 8 bits a resampler's last layers lose half of what visual tokens lose by a default build."""
+    for wishes, expected in (
+        (Wishes(), {"v_proj": "q8", "out_proj": "q8", "proj": "q8"}),
+        (Wishes(settings={"*": {"smoothing": 0.4}}), {"v_proj": "q8", "out_proj": "q8", "proj": "q8"}),
+        (Wishes(settings={"resampler": {"layers": {"proj": "fp32"}}}), {"proj": "fp32"}),
+        (Wishes(graphs={"resampler": "int8-token"}), {}),
+        (Wishes(precision="int8-token"), {}),
+    ):
+        assert wishes.recipe().graphs["resampler"].layers == expected
+    with pytest.raises(
+        OptionError, match=re.escape("the recipe's resampler has the unknown key 'v_prj'; did you mean 'v_proj'?")
+    ):
+        layers = {"v_prj": "q8"}
+        build(source, tmp_path / "out", BuildOptions(recipe=Wishes(settings={"resampler": {"layers": layers}}).recipe()))
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_and_bin_files_give_the_same_bundle(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:

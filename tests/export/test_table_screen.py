@@ -42,4 +42,5 @@ def test_what_stands_out_is_kept(edit: Edit, expected: set[str], edit_tensors: C
 
     assert layers(Wishes()) == dict.fromkeys(expected, "q8")
     assert layers(Wishes(precision="q8")) == {}
-    assert set(layers(Wishes(mixed=True))) == {"embed_tokens", "lm_head"}
+    named = {"embed_tokens": "q4", "lm_head": "fp32"}
+    assert layers(Wishes(settings={"decoder_with_past": {"layers": named}})) == named
