@@ -3,8 +3,8 @@
 python benchmarks/methods.py benchmarks/results/methods.json [--samples 48]
 
 As it is trained, and with outlier channels (`outliers.py`). A method is judged where it alone decides: blocks in a q4 decoder
-behind a float tower, ranges in a static tower before a float decoder, pruning in float; on held-out pictures and questions that
-calibrated nothing, against the same model in fp32.
+behind a float tower, ranges in a static tower before a float decoder, pruning in float; a search begins with 4 bits everywhere
+and raises what costs most. On held-out pictures and questions that calibrated nothing, against the same model in fp32.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from outliers import Kind, add_outliers
 from quality import STATIC, TINY, write_samples  # which lets the scripts of models/tiny be imported
 from scenes import held_out
 
+from mcv_calibration.gate import Gate
 from mcv_calibration.recipe import Method, Ranges
 from mcv_calibration.samples import Sample, SampleSet
 from mcv_export.build import BuildOptions, build
 from mcv_export.precision import Wishes
 from mcv_export.report import ReportOptions, report_on
+from mcv_export.search import search_recipe
 
 SEED = 2000
+WITHIN = 0.002
+"""Nats within which a search is to end."""
 FLOAT = dict.fromkeys(STATIC, "fp32")
 
 
@@ -52,6 +56,14 @@ def measured(checkpoint: Path, folder: Path, count: int) -> dict[str, Any]:
     for number, (name, wishes) in enumerate(recipes().items()):
         options = BuildOptions(recipe=wishes.recipe(), samples=samples)
         bundles[name] = build(checkpoint, folder / f"bundle-{number}", options).folder
+    four_bits = BuildOptions(precision=dict.fromkeys((*STATIC, "decoder_with_past"), "q4"))
+    recipe = search_recipe(checkpoint, folder / "searched", four_bits, Gate(max_kl=WITHIN), samples.measuring())
+    for name, found_by in (
+        ("q4 throughout", four_bits),
+        (f"the same, searched to be within {WITHIN} nats", BuildOptions(recipe=recipe)),
+    ):
+        bundles[name] = build(checkpoint, folder / f"bundle-{len(bundles)}", found_by).folder
+    bundles["q8 throughout"] = build(checkpoint, folder / "q8", BuildOptions(precision="q8")).folder
     unseen = []
     for number, example in enumerate(held_out(count, SEED)):
         paths = [folder / f"{number}-{index}.png" for index, _ in enumerate(example.images)]

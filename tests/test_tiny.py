@@ -31,7 +31,7 @@ def exact_match(tmp_path_factory: pytest.TempPathFactory, traced_once: None) -> 
     """Percent of held-out questions answered to the letter, by recipe."""
     sys.path[:0] = [str(ROOT / "benchmarks"), str(TINY)]
     try:
-        from quality import build_recipes, exact_match
+        from quality import build_recipes, right_answers
         from scenes import held_out
     finally:
         del sys.path[:2]
@@ -39,8 +39,9 @@ def exact_match(tmp_path_factory: pytest.TempPathFactory, traced_once: None) -> 
     bundles = build_recipes([*RECIPES, *OUTLIERS, *EVERYWHERE, *COLLAPSES], tmp_path_factory.mktemp("recipes"))
     # a drop is that of the same questions, so it takes fewer of them than what is said of the model; a collapse, fewer still
     counts = {name: 100 if name in COLLAPSES else EXAMPLES if name == "fp32" else COMPARED for name in bundles}
-    found = {name: exact_match(load(bundle, threads=1), examples[: counts[name]])["all"] for name, bundle in bundles.items()}
-    return {**found, "fp32 compared": exact_match(load(bundles["fp32"], threads=1), examples[:COMPARED])["all"]}
+    right = {name: list(right_answers(load(path, threads=1), examples[: counts[name]])) for name, path in bundles.items()}
+    right["fp32 compared"] = right["fp32"][:COMPARED]
+    return {name: 100 * sum(goods) / len(goods) for name, goods in right.items()}
 
 
 def test_the_model_answers(exact_match: dict[str, float]) -> None:

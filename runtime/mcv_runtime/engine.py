@@ -74,6 +74,7 @@ def load(
     cache_dir: str | Path | None = None,
     cache_dir_mb: float = CACHE_DIR_MB,
     low_memory: bool = False,
+    open_vision: bool = True,
     kv: Literal["float", "int8"] | None = None,
     provider: str = CPU,
     tuned: bool = True,
@@ -88,10 +89,11 @@ def load(
     beginning is not read twice; encoded pictures; and a batch of slices. `reuse=False` keeps nothing of earlier requests.
     Equal slices are encoded `batch_slices` at a time (`auto`: one by one unless batches turn out faster). With a `cache_dir`,
     encoded pictures are kept there too, up to `cache_dir_mb`, for other processes. `low_memory` has either the vision graphs
-    or the decoder open, never both; `kv` `int8` keeps keys and values in a quarter of the memory, if the bundle has a graph for
-    it. What of `threads`, `batch_slices` and `kv` is left out, and in which pieces a prompt is read, is as `mcv-run tune` found
-    it fastest here, unless `tuned` is false or the next three say something. `provider` is what of ONNX Runtime computes
-    (`cpu`, `cuda`, ...), or `openvino` or `openvino-bf16`, which are for pictures only; `session_options` and `session_factory`
+    or the decoder open, never both; with `open_vision=False` the former are opened when the first picture comes, and not now.
+    `kv` `int8` keeps keys and values in a quarter of the memory, if the bundle has a graph for it. What of `threads`,
+    `batch_slices` and `kv` is left out, and in which pieces a prompt is read, is as `mcv-run tune` found it fastest here,
+    unless `tuned` is false or the next three say something. `provider` is what of ONNX Runtime computes (`cpu`, `cuda`, ...),
+    or `openvino` or `openvino-bf16`, which are for pictures only; `session_options` and `session_factory`
     replace how its sessions are made. Raises `BundleError`, `BundleCorruptError`, `MachineError` or `OptionError`.
     """
     start = time.perf_counter()
@@ -106,6 +108,7 @@ def load(
         ("cache_dir", cache_dir, str | os.PathLike | None),
         ("cache_dir_mb", cache_dir_mb, float),
         ("low_memory", low_memory, bool),
+        ("open_vision", open_vision, bool),
         ("kv", kv, Literal["float", "int8"] | None),
         ("provider", provider, str),
         ("tuned", tuned, bool),
@@ -136,7 +139,7 @@ def load(
     decoder_graph = _decoder_graph(manifest, kv)
     sessions = (AlternatingSessions if low_memory else GraphSessions)(opened, chosen, factory, towers)
     if not low_memory:  # now, so that a graph that cannot be used is found at once
-        for graph in ("vision_encoder", manifest.compressor, decoder_graph):
+        for graph in (*(("vision_encoder", manifest.compressor) if open_vision else ()), decoder_graph):
             sessions(graph)
     store = None if cache_dir is None else PictureStore(cache_dir, _bytes("cache_dir_mb", cache_dir_mb))
     vision = VisionEncoder(

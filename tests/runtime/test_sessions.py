@@ -1,7 +1,9 @@
 """How sessions are opened, shared, taken in turns and closed, and what their failures become."""
 
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -9,8 +11,11 @@ import pytest
 from PIL import Image
 
 from mcv_runtime import McvError, OptionError, Options, Request, ResourceError, RunError, load
+from mcv_runtime.command.cli import main
 from mcv_runtime.sessions.graphs import GuardedSession, cpu_session, session_options
 from mcv_runtime.sessions.providers import provider_session
+
+DEMO = Path(__file__).parents[2] / "models" / "tiny" / "demo.png"
 
 
 def noise(seed, size=(300, 200)):
@@ -52,6 +57,27 @@ def test_low_memory_answers_alike_with_one_side_open(small, engine_of, watched):
     assert watched.opened == [*turn, *turn, "vision_encoder_4x", *turn[1:]]
     engine.ask(noise(2), "What?", max_new_tokens=2, downsample_mode="4x")  # a known picture
     assert len(watched.opened) == 9
+
+
+def test_the_tower_may_wait_for_the_first_picture(small, engine_of, monkeypatch):
+    opened = []
+
+    def noted(path, options):
+        opened.append(path.stem)
+        return cpu_session(path, options)
+
+    engine, usual = load(small, threads=2, open_vision=False, session_factory=noted), engine_of("minicpmv4_6")
+    for picture, expected in ((None, ["decoder_with_past"]), (noise(1), ["decoder_with_past", "vision_encoder", "merger"])):
+        assert engine.ask(picture, "What?", max_new_tokens=4).tokens == usual.ask(picture, "What?", max_new_tokens=4).tokens
+        assert opened == expected
+    said = []
+    monkeypatch.setattr("mcv_runtime.command.cli.load", lambda *_, open_vision, **__: said.append(open_vision) or engine)
+    for pictures in ([], ["--image", str(DEMO)]):
+        monkeypatch.setattr(sys, "argv", ["mcv-run", "-p", "What?", "-n", "1", *pictures])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+    assert said == [False, True]
 
 
 @pytest.mark.waits

@@ -162,7 +162,7 @@ def run(
         talk.show(seen)
         _say(_DEMO if is_demo else "")
         return talk.run(itertools.chain([prompt] if prompt else [], chat_lines()))
-    engine = load(folder, **load_options)
+    engine = load(folder, open_vision=bool(seen), **load_options)  # a question without pictures need not wait for the tower
     if each_page:
         from mcv_runtime.command.pages_cli import PageAnswers
 
