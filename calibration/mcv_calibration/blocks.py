@@ -32,31 +32,25 @@ class Blocks:
     zero_points: NDArray[np.uint8] | None
 
 
-def quantize_rows(
-    rows_NK: Floats, weights: WeightFormat, method: Method | None = None, importance_K: Floats | None = None
-) -> Blocks:
+def quantize_rows(rows_NK: Floats, weights: WeightFormat, method: Method | None = None) -> Blocks:
     """Quantize [N, K]; each row of each block of K gets a scale, and without symmetry a zero point.
 
-    `importance_K`: how much an error of each input channel weighs, for example its mean square; k-quant alone heeds it.
+    All errors weigh alike: by what weights say of their inputs, or by the weights' own size, more was lost (models/tiny).
     """
     method = method or _USUAL[weights.bits]
     if method not in METHODS:
         raise OptionError(f"method {shown(method)} is none of {', '.join(METHODS)}")
     rows, width = rows_NK.shape
-    if importance_K is not None and importance_K.shape != (width,):
-        raise OptionError(f"importance of {importance_K.shape} channels for a weight of {width}; measure this very layer")
     count, size = weights.blocks(width), weights.block_size
     result = BlockRows(rows, width, weights)
     step = max(_TILE_BLOCKS // count, 1)
-    spread = None if importance_K is None else _spread(importance_K, count, size, min(step, rows))
     for first in range(0, rows, step):
         last = min(first + step, rows)
         tile = rows_NK[first:last]
         if width < count * size:
             tile = np.pad(tile, [(0, 0), (0, count * size - width)])
         values = np.ascontiguousarray(tile.reshape(-1, size).T)
-        here = None if spread is None else spread[:, : values.shape[1]]
-        result.put(first, last, values, _grid(values, weights, method, here))
+        result.put(first, last, values, (k_quant if method == "k-quant" else nearest)(values, weights))
     return result.blocks()
 
 
@@ -94,17 +88,6 @@ def dequantize_rows(blocks: Blocks, weights: WeightFormat, width: int) -> Floats
     zeros = None if blocks.zero_points is None else torch.from_numpy(blocks.zero_points)
     values = dequantize(torch.from_numpy(blocks.qweight), torch.from_numpy(blocks.scales), zeros, weights.bits)
     return np.ascontiguousarray(values[:, :width].numpy())
-
-
-def _grid(values_SM: Floats, weights: WeightFormat, method: Method, importance_SM: Floats | None) -> Grid:
-    return k_quant(values_SM, weights, importance_SM) if method == "k-quant" else nearest(values_SM, weights)
-
-
-def _spread(importance_K: Floats, count: int, size: int, rows: int) -> Floats:
-    """[K] -> [size, rows * count], as the blocks of `rows` rows stand; padding weighs nothing."""
-    padded = np.zeros(count * size, np.float32)
-    padded[: len(importance_K)] = importance_K
-    return np.tile(padded.reshape(count, size).T, rows)
 
 
 def _pack(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mcv_calibration.blocks import METHODS, Method, dequantize_rows, quantize_rows
+from mcv_calibration.k_quant import k_quant
 from mcv_export.plan import GraphPlan
 from mcv_export.storage import Storage
 from mcv_export.trace import trace
@@ -124,15 +125,12 @@ def test_k_quant_is_close_to_the_best_of_all_grids() -> None:
 
 
 def test_k_quant_heeds_importance(rows: np.ndarray) -> None:
-    importance = np.random.default_rng(5).exponential(size=256).astype(np.float32) ** 3
     for weights in FORMATS:
-        plain, weighted = (
-            np.square(dequantize_rows(quantize_rows(rows, weights, "k-quant", heeded), weights, 256) - rows) @ importance
-            for heeded in (None, importance)
-        )
-        assert weighted.sum() < plain.sum()
-    with pytest.raises(OptionError, match="measure this very layer"):
-        quantize_rows(rows, FORMATS[0], "k-quant", importance[:100])
+        values = np.ascontiguousarray(rows.reshape(-1, weights.block_size).T)
+        importance = np.random.default_rng(5).exponential(size=values.shape).astype(np.float32) ** 3
+        grids = k_quant(values, weights), k_quant(values, weights, importance)
+        plain, weighted = (float((np.square(grid.values(grid.steps(values)) - values) * importance).sum()) for grid in grids)
+        assert weighted < plain
 
 
 def test_a_method_that_is_none(rows: np.ndarray) -> None:
