@@ -119,7 +119,7 @@ def at_home(path: str | os.PathLike[str]) -> Path:
     """The path with a leading ~ as the home folder that it stands for; as it is, if there is nobody of that name."""
     try:
         return Path(path).expanduser()
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # nobody of that name, or no name at all
         return Path(path)
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 from mcv_runtime import Answer, OptionError, Options, OutputError, Request, load
 from mcv_runtime.batch.answer_fields import regions_report
 from mcv_runtime.batch.rows import Defaults
+from mcv_runtime.batch.sources import batch_source
 from mcv_runtime.command.batch_cli import answer_batch, check_batch
 from mcv_runtime.request.answer import Timings
 
@@ -181,6 +183,40 @@ def test_only_what_was_edited_failed_or_is_new_is_asked_again(engine, folder):
     assert [row["row"] for row in found] == list(range(1, 13))
     assert [row["answer"] for row in found] == [SAID[row["prompt"]] for row in rows]
     assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "late.png", "out.jsonl", "pictures"]
+
+
+def test_rows_in_another_order_are_not_asked_again_and_nothing_vanishes_unsaid(engine, folder):
+    said = io.StringIO()
+
+    def run(*ids):
+        put(folder / "in.jsonl", [{"id": one, "image": "pictures/a.png", "prompt": f"{TEXT} {one}"} for one in ids])
+        answer_batch(engine, folder / "in.jsonl", folder / "out.jsonl", DEFAULTS, notices=said)
+        return [json.loads(line)["id"] for line in (folder / "out.jsonl").read_text().splitlines()]
+
+    assert run(*"abcde") == [*"abcde"]
+    assert (run(*"eacbd"), engine.asked) == ([*"eacbd"], 5)
+    assert (run(*"ea"), engine.asked) == ([*"ea"], 5)
+    assert "3 dropped, whose rows are no more" in said.getvalue()
+    with pytest.raises(OptionError, match=r"has no rows, and .* has answers, which are left as they are"):
+        run()
+    assert (run(*"ea"), engine.asked) == ([*"ea"], 5)
+
+
+def test_what_could_be_read_of_a_damaged_source_is_answered(engine, folder):
+    with tarfile.open(folder / "rows.tar", "w") as tar:
+        for at in range(12):
+            tar.add(DEMO, f"{at}.png")
+    data = (folder / "rows.tar").read_bytes()
+    (folder / "rows.tar").write_bytes(data[: len(data) * 3 // 4])
+    last = 0
+    with pytest.raises(OptionError, match="is damaged behind"):
+        for row in batch_source(folder / "rows.tar", DEFAULTS).rows():
+            last = row.number
+    assert last > 4
+    for _ in range(2):
+        with pytest.raises(OptionError, match="is damaged behind"):
+            answer_batch(engine, folder / "rows.tar", folder / "out.jsonl", DEFAULTS, size=4)
+        assert len((folder / "out.jsonl").read_text().splitlines()) == engine.asked == last
 
 
 def test_other_options_or_another_model_give_other_answers(engine, folder):

@@ -157,6 +157,10 @@ def test_pages_by_the_command_s_options(report):
     [
         ({"each_page": True, "pages": "9"}, "no page 9"),
         ({"pages": "x"}, "pages are numbers"),
+        ({"pages": True}, "pages are numbers"),
+        ({"pages": 1.5}, "pages are numbers"),
+        ({"pages": {"a": 1}}, "pages are numbers"),
+        ({"pages": 9, "each_page": True}, "no page 9"),
         ({"dpi": 0}, "dpi must be"),
         ({"each_page": 1}, "true or false"),
         ({"each_page": True, "video": "a.mp4"}, "one document and nothing else"),
@@ -268,4 +272,8 @@ def test_what_is_no_file_of_rows(tmp_path):
     for path in (Path("/dev/zero"), tmp_path / "gone"):
         with pytest.raises(OptionError):
             next(batch_source(path, DEFAULTS).rows())
+    for content in (b"%PDF-1.7\n", b"\x89PNG\r\n", b"\x28\xb5\x2f\xfd", '{"prompt": "What?"}\n'.encode("utf-16")):
+        (tmp_path / "other").write_bytes(content)
+        with pytest.raises(OptionError, match="holds no lines of JSON; --batch takes"):
+            next(batch_source(tmp_path / "other", DEFAULTS).rows())
     shutil.rmtree(tmp_path)

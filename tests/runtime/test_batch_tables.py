@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import tarfile
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -85,6 +87,36 @@ def test_rows_of_a_table_that_make_no_sense(tmp_path):
     assert "texts" in rows(table(tmp_path, {"prompt": [7]}, "e.parquet"))[0].error
 
 
+def test_columns_of_types_that_requests_have_not(tmp_path):
+    """An id is for people: a date is a text. Else what JSON could not say is an error of its row alone."""
+    ids = [date(2026, 1, 1), Decimal("1.50"), datetime(2026, 1, 1, 12)]
+    for number, (given, said) in enumerate(zip(ids, ["2026-01-01", "1.50", "2026-01-01T12:00:00"], strict=True)):
+        (row,) = rows(table(tmp_path, {"id": [given], "image": ["a.png"]}, f"{number}.parquet"))
+        assert (row.error, row.said["id"]) == ("", said)
+    bad = {"id": [b"x", float("inf"), [float("nan")], {"a": date(2026, 1, 1)}], "json_schema": [{"a": datetime(2026, 1, 1)}],
+           "tools": [[b"x"]], "image": [{"bytes": PNG, "more": "x"}], "images": [[[PNG]]]}  # fmt: skip
+    for name, values in bad.items():
+        for value in values:
+            (row,) = rows(table(tmp_path, {"prompt": ["What?"], name: [value]}, "bad.parquet"))
+            assert row.error
+            json.dumps(row.said)
+    assert rows(table(tmp_path, {"id": ["a"], "image": [{"bytes": "no", "path": None}]}, "a.parquet"))[0].said == {"id": "a"}
+
+
+def test_all_rows_before_a_damaged_group_are_read(tmp_path):
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"prompt": [f"{at} {'x' * 200}" for at in range(60)]}), path, row_group_size=10,
+                        compression="none", use_dictionary=False)  # fmt: skip
+    start = parquet.ParquetFile(path).metadata.row_group(3).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    source = batch_source(path, DEFAULTS).rows()
+    assert [next(source).number for _ in range(30)] == list(range(1, 31))
+    with pytest.raises(OptionError, match="damaged behind row 30"):
+        next(source)
+
+
 def test_what_is_no_table_is_one_line(tmp_path):
     path = table(tmp_path, {"image": [bytes([at % 256]) * 5000 for at in range(2000)]}, compression="none")
     data = path.read_bytes()
@@ -117,18 +149,22 @@ def test_samples_of_an_archive(tmp_path, name, mode):
         ("./in/0001.png", PNG), ("./in/0001.json", {"prompt": "Which?", "max_new_tokens": 3, "url": "https://a"}),
         ("./in/0001.txt", b"a caption"), ("./in/.DS_Store", b"x"),
         ("./in/0002.left.png", PNG), ("./in/0002.right.jpg", PNG[:9]), ("./in/0002.json", {"id": 2}),
-        ("0003.json", b"[broken"), ("0004.png", None), ("0005.json", {"image": "a.png"}),
+        ("0003.json", b"[broken"), ("0004.png", None), ("0005.json", {"image": "a.png", "prompt": "Which?"}),
+        ("0006.mp4", b"x"), ("0007.png", PNG), ("0007.json", None), ("0001.json", {"prompt": "Which?"}),
         name=name, mode=mode,
     )  # fmt: skip
     source = batch_source(path, DEFAULTS)
-    first, second, third, fourth, fifth = source.rows()
+    first, second, third, fourth, *others = source.rows()
     assert (first.request.images, first.request.prompt, first.request.options.max_new_tokens) == ([PNG], "Which?", 3)
     assert first.said == {"id": "./in/0001", "image": "./in/0001.png"}
     assert (second.said["id"], second.request.images, second.request.prompt) == (2, [PNG, PNG[:9]], "What?")
     assert ("not JSON" in third.error, third.said) == (True, {"id": "0003"})
     assert "no plain file" in fourth.error
-    assert (fifth.request.images, [row.number for row in (first, second, third, fourth, fifth)]) == ([], [1, 2, 3, 4, 5])
-    assert source.left_out == "'url of .json', '.txt'"
+    words = ["the sample '0005' has no picture", "the sample '0006' has", "0007.json is no plain file", "'0001' has no picture"]
+    assert [(word in row.error, row.number) for word, row in zip(words, others, strict=True)] == [
+        (True, at) for at in range(5, 9)
+    ]
+    assert source.left_out == "'url of .json', '.txt', '.mp4'"
 
 
 def test_an_archive_that_is_cut_off_gives_what_it_has(tmp_path):
@@ -297,7 +333,7 @@ def test_a_table_that_is_something_else_is_left_alone(tmp_path):
         pass
     path.unlink()
     path.mkdir()
-    with pytest.raises(OutputError, match="no plain file"), AnswerTable(path):
+    with pytest.raises(OutputError, match="is a folder; name a file in it"), AnswerTable(path):
         pass
     assert [one.name for one in tmp_path.iterdir()] == ["out.parquet"]
 

@@ -123,6 +123,25 @@ def test_pages_of_a_tiff_are_as_large_as_they_are():
     assert [one.size()[0] for one in pages(buffer.getvalue())] == list(range(30, 110))
 
 
+def test_a_tiff_that_is_cut_off_between_pages_does_not_pass_for_whole():
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (50, 40), (80 * at, 0, 0)) for at in range(4)]
+    frames[0].save(buffer, "TIFF", save_all=True, append_images=frames[1:])
+    data = buffer.getvalue()
+    counts = set()
+    for length in range(len(data) - 20, 6400, -20):
+        found = pages(data[:length])
+        counts.add(len(found))
+        try:
+            colours = [page.image().getpixel((49, 39))[0] for page in found]
+        except ImageError as error:
+            assert "cannot be decoded" in str(error)
+        else:  # all that was cut off is nothing that pixels need
+            assert colours == [0, 80, 160, 240]
+    assert {3, 4} <= counts
+    assert len(pages(data)) == 4
+
+
 def test_any_picture_is_a_document_of_one_page():
     data = many("JPEG", 1)
     assert [(one.number, one.size()) for one in pages(data)] == [(1, (50, 40))]

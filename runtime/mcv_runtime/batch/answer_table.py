@@ -58,9 +58,16 @@ class AnswerTable:
         """Rows that were there already."""
         return self._lines.kept
 
+    @property
+    def dropped(self) -> int:
+        """Earlier answers that no row asks for any more."""
+        return self._lines.dropped
+
     def __enter__(self) -> Self:
         try:
             self._unpack()
+        except OutputError:
+            raise
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error.strerror or error}") from None
         self._lines.__enter__()

@@ -32,6 +32,8 @@ class BatchOutput:
         self.path = path
         self.kept = 0
         """Rows that were there already."""
+        self.dropped = 0
+        """Earlier answers that no row asks for any more."""
 
     def __enter__(self) -> Self:
         try:
@@ -113,12 +115,12 @@ class BatchOutput:
                 self._window.append(line)
             for place, there in enumerate(self._window):
                 if there["request"] == row.digest:
-                    for _ in range(place + 1):
-                        self._window.popleft()
+                    del self._window[place]  # those before it may belong to rows that come later
                     self.kept += 1
                     return {**there, "row": row.number}
             if len(self._window) == _WINDOW:  # make room, or what is behind is never found
                 self._window.popleft()
+                self.dropped += 1
             return None
 
     def write(self, answer: dict[str, Any]) -> None:
@@ -133,6 +135,7 @@ class BatchOutput:
         """All rows are written."""
         try:
             sync(self._file)
+            self.dropped += len(self._window) + sum(1 for _ in self._rest)
             self._rest_path.unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritable(error) from None
@@ -140,6 +143,8 @@ class BatchOutput:
     def _unwritable(self, error: OSError | ValueError, more: str = "") -> OutputError:
         if isinstance(error, OutputError):
             return error
+        if isinstance(error, FileNotFoundError) and not self.path.parent.exists():
+            return OutputError(f"{self.path} cannot be written: there is no folder {self.path.parent}; make it first")
         return OutputError(f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}{more}")
 
 

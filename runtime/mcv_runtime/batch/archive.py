@@ -56,6 +56,8 @@ class ArchiveSource:
         fields: dict[str, Any] = {"id": name}
         images: list[Encoded] = []
         for suffix, data in sample:
+            if data is None and (suffix == "json" or is_named_as_picture(f"{name}.{suffix}")):
+                raise OptionError(f"{name}.{suffix} is no plain file, or larger than {FILE_BYTES:,} bytes")
             if suffix == "json" and data is not None:
                 said = parse_json(data, f"{name}.json", error=OptionError, max_bytes=ROW_BYTES)
                 if not isinstance(said, dict):
@@ -64,10 +66,10 @@ class ArchiveSource:
                 self._leave(*(f"{key} of .json" for key in said.keys() - FIELDS))
             elif not is_named_as_picture(f"{name}.{suffix}"):
                 self._leave(f".{suffix}")
-            elif data is None:
-                raise OptionError(f"{name}.{suffix} is no plain file, or larger than {FILE_BYTES:,} bytes")
-            else:
+            elif data is not None:
                 images.append(Encoded(data, f"{name}.{suffix}"))
+        if not images:
+            raise OptionError(f"the sample {shown(name)} has no picture; its files have one name, and follow one another")
         return {**fields, "image": images[0]} if len(images) == 1 else {**fields, "images": images}
 
     def _leave(self, *names: str) -> None:

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from mcv_runtime.batch.answer_fields import error_line
 from mcv_runtime.batch.remote import is_store_address
 from mcv_runtime.batch.rows import BatchRow, Defaults, Located, digest_of, local, refused
-from mcv_runtime.errors import McvError, OptionError, shown
+from mcv_runtime.errors import OptionError, shown
 from mcv_runtime.pictures.video import Video
 from mcv_runtime.request.options import Options, PictureOptions
 from mcv_runtime.request.request import Request
@@ -48,8 +49,8 @@ def chat_row(number: int, fields: Mapping[str, Any], located: Located, defaults:
         body = _body(fields)
         options = Options.of(defaults.options, {**_least_slices(body.get("messages")), **_options(body)})
         request = Request(options=options, messages=_messages(body.get("messages"), located))
-    except McvError as error:
-        return refused(number, str(error), fields)
+    except Exception as error:  # whatever it is, the other rows are not to blame
+        return refused(number, error_line(error), fields)
     digest = digest_of(fields, options.given(), defaults.model)
     return BatchRow(number=number, digest=digest, request=request, said={"custom_id": fields["custom_id"]})
 
@@ -152,7 +153,7 @@ def _messages(messages: Any, located: Located) -> list[dict[str, Any]]:
 
 def _message(message: Mapping[str, Any], located: Located) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
-    if role not in _ROLES or message.get("tool_calls"):
+    if not isinstance(role, str) or role not in _ROLES or message.get("tool_calls"):
         raise OptionError(f"a message of a batch is of the role {', '.join(_ROLES)}, without calls, not {shown(role)}")
     if isinstance(content, str):
         return {"role": _ROLES[role], "content": content}

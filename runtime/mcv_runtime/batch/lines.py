@@ -14,6 +14,10 @@ from mcv_runtime.batch.rows import ROW_BYTES, BatchRow, Defaults, Located, files
 from mcv_runtime.errors import OptionError
 from mcv_runtime.files import parse_json
 
+_OTHERS = (b"%PDF-", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"\x1f\x8b")
+"""How files begin that people name instead: PDF, PNG, JPEG, GIF, Zstandard, zip, gzip. Many others have a zero early on."""
+_LOOKED_AT = 4096
+
 
 class LinesSource:
     """A file of lines, or what comes through a pipe."""
@@ -36,6 +40,11 @@ class LinesSource:
             with self._path.open() if isinstance(self._path, RemoteFile) else self._path.open("rb") as file:
                 located = files_beside(self._folder(file), self._defaults.fetch)
                 for number, line in enumerate(_lines(file), 1):
+                    if number == 1 and (line.startswith(_OTHERS) or b"\0" in line[:_LOOKED_AT]):
+                        raise OptionError(
+                            f"{self._path} holds no lines of JSON; --batch takes those (in UTF-8), a folder of pictures and "
+                            "documents, or a file named .parquet or .tar; one picture or document is asked about with --image"
+                        )
                     if line.strip():
                         yield from _parsed(number, line, located, self._defaults)
         except OSError as error:

@@ -46,6 +46,11 @@ class RemoteOutput:
         """Rows that were there already."""
         return self._output.kept
 
+    @property
+    def dropped(self) -> int:
+        """Earlier answers that no row asks for any more."""
+        return self._output.dropped
+
     def __enter__(self) -> Self:
         try:
             self._local.parent.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from mcv_runtime.batch.answer_fields import error_line
 from mcv_runtime.batch.remote import Place, RemoteFile, is_store_address, place_of
 from mcv_runtime.documents.document import DPI, Document, is_document
 from mcv_runtime.documents.page_numbers import PageNumbers
-from mcv_runtime.errors import ImageError, McvError, OptionError, shown
+from mcv_runtime.errors import ImageError, OptionError, shown
 from mcv_runtime.files import at_home
 from mcv_runtime.pictures.images import MAX_PIXELS, is_address
 from mcv_runtime.pictures.video import Video
@@ -114,8 +115,8 @@ def rows_of(number: int, fields: Mapping[str, Any], located: Located, defaults: 
     """The row, or one for each page of its document; one with an error if it makes no sense."""
     try:
         yield from _rows(number, fields, located, defaults)
-    except McvError as error:
-        yield refused(number, str(error), fields)
+    except Exception as error:  # whatever it is, the other rows are not to blame
+        yield refused(number, error_line(error), fields)
 
 
 def refused(number: int, error: str, fields: Any = None) -> BatchRow:
@@ -255,6 +256,6 @@ def _cut(value: Any) -> Any:
     if isinstance(value, Encoded):
         return None if value.path is None else _cut(value.path)
     if not isinstance(value, str):
-        return value
+        return None
     is_content = len(value) > 80 and is_address(value) and not is_store_address(value)
     return f"{value[:80]}..." if is_content or len(value) > _PATH_CHARACTERS else value

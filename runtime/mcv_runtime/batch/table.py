@@ -6,12 +6,13 @@ the names of a row's fields. Columns of other names belong to the table, not to 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mcv_runtime.batch.remote import Place, open_place
-from mcv_runtime.batch.rows import FIELDS, BatchRow, Defaults, Encoded, files_beside, refused, rows_of
+from mcv_runtime.batch.rows import FIELDS, BatchRow, Defaults, Encoded, Located, files_beside, refused, rows_of
 from mcv_runtime.errors import OptionError, shown
 
 _AT_ONCE = 16
@@ -48,17 +49,23 @@ class TableSource:
                 raise OptionError(f"{self._path} has no column image, images, video or prompt, but {self.left_out or 'none'}")
             number = 0
             try:
-                for batch in table.iter_batches(batch_size=_AT_ONCE, columns=known, use_threads=False):
-                    for fields in batch.to_pylist():
-                        number += 1
-                        try:
-                            row = {name: table_field(name, value) for name, value in fields.items()}
-                        except OptionError as error:
-                            yield refused(number, str(error))
-                        else:
-                            yield from rows_of(number, row, located, self._defaults)
+                for group in range(table.num_row_groups):  # one by one, so that all before a damaged one are read
+                    for batch in table.iter_batches(_AT_ONCE, [group], columns=known, use_threads=False):
+                        for fields in batch.to_pylist():
+                            number += 1
+                            yield from self._row(number, fields, located)
             except (pyarrow.ArrowException, OSError, UnicodeError) as error:
                 raise OptionError(f"{self._path} is damaged behind row {number:,}: {_first_line(error)}") from None
+
+    def _row(self, number: int, fields: dict[str, Any], located: Located) -> Iterator[BatchRow]:
+        row: dict[str, Any] = {}
+        try:
+            for name in sorted(fields, key="id".__ne__):  # the id first, for people who look for what was refused
+                row[name] = table_field(name, fields[name])
+        except OptionError as error:
+            yield refused(number, str(error), row)
+        else:
+            yield from rows_of(number, row, located, self._defaults)
 
 
 def table_field(name: str, value: Any) -> Any:
@@ -67,6 +74,14 @@ def table_field(name: str, value: Any) -> Any:
         return None
     if name in ("image", "images"):
         return [_picture(one) for one in value] if isinstance(value, list) else _picture(value)
+    if name == "id" and not isinstance(value, str | int | float | list | dict | bytes | None):  # a date, a decimal
+        value = value.isoformat() if hasattr(value, "isoformat") else str(value)
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise OptionError(
+            f"{name} is nothing that JSON could say; make it a text, a number, or lists and objects of them"
+        ) from None
     return value
 
 

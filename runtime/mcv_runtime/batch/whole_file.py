@@ -33,5 +33,6 @@ def is_there(path: Path) -> bool:
     except FileNotFoundError:
         return False
     if not stat.S_ISREG(mode):
-        raise OutputError(f"{path} is no plain file; remove it, or name another for the answers")
+        advice = "name a file in it" if stat.S_ISDIR(mode) else "name another file for the answers"
+        raise OutputError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no plain file'}; {advice}")
     return True

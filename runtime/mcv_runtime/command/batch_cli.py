@@ -19,7 +19,7 @@ from mcv_runtime.batch.sources import batch_source
 from mcv_runtime.command.progress_bar import ProgressBar, counted
 from mcv_runtime.decoding.ticket import Ticket, finish_first
 from mcv_runtime.engine import Engine
-from mcv_runtime.errors import OptionError
+from mcv_runtime.errors import McvError, OptionError
 from mcv_runtime.progress import Event
 from mcv_runtime.request.request import with_options
 
@@ -75,6 +75,8 @@ def run_batch(answerers: Answerers[Any], source: Place, out: Place, defaults: De
     run = _Run(answerers, bar, found.count() if notices.isatty() and not defaults.paging.each_page else 0)
     rows = found.rows()
     first = next(rows, None)  # what is wrong with the source is found before the output is touched
+    if first is None and isinstance(out, Path) and out.is_file() and out.stat().st_size:
+        raise OptionError(f"{source} has no rows, and {out} has answers, which are left as they are; remove them, or mend it")
     with batch_output(out) as output:
         try:
             remaining = itertools.dropwhile(output.has, itertools.chain(() if first is None else (first,), rows))
@@ -95,7 +97,8 @@ def run_batch(answerers: Answerers[Any], source: Place, out: Place, defaults: De
         print(f"mcv-run: left out of {source}: {found.left_out}", file=notices)
     failed = f', {run.failed:,} failed (see "error" in {out}; the same command tries them again)' if run.failed else ""
     kept = f", {output.kept:,} were there" if output.kept else ""
-    print(f"mcv-run: {run.answered:,} rows answered{kept}{failed}", file=notices)
+    dropped = f", {output.dropped:,} dropped, whose rows are no more" if output.dropped else ""
+    print(f"mcv-run: {run.answered:,} rows answered{kept}{dropped}{failed}", file=notices)
     return 1 if run.failed else 0
 
 
@@ -145,13 +148,24 @@ class _Run:
     ) -> Iterator[dict[str, Any]]:
         """What to write for each row, in order; some are asked at a time, and none waits that needs not."""
         waiting = deque[_Waiting]()
-        for row in rows:
+        damage: McvError | None = None
+        remaining = iter(rows)
+        while True:
+            try:
+                row = next(remaining)
+            except StopIteration:
+                break
+            except McvError as error:  # of what the rows come from: those that could be read are answered first
+                damage = error
+                break
             known = None if row.request is None else earlier(row)
             waiting.append(self._asked(row) if known is None else _Waiting(row, known=known))
             while waiting and self._is_due(waiting):
                 yield self._first(waiting)
         while waiting:
             yield self._first(waiting)
+        if damage is not None:
+            raise damage
 
     def _is_due(self, waiting: Sequence[_Waiting]) -> bool:
         ahead = self._answerers.ahead

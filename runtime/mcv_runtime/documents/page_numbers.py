@@ -1,4 +1,4 @@
-"""Which pages of a document are meant: `1-3,7`, `5-`, or a list of numbers."""
+"""Which pages of a document are meant: `1-3,7`, `5-`, a number, or a list of numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from mcv_runtime.errors import OptionError, shown
 
-PageNumbers: TypeAlias = "str | Sequence[int] | None"
+PageNumbers: TypeAlias = "str | int | Sequence[int] | None"
 _PART = re.compile(r"\s*(\d{1,9})\s*(?:(-)\s*(\d{1,9})?)?\s*", re.ASCII)
 _MOST_PARTS = 10_000
 
@@ -33,10 +33,10 @@ def chosen_pages(wanted: PageNumbers, count: int, name: str) -> Sequence[int]:
     return list(numbers)
 
 
-def _spans(wanted: str | Sequence[int]) -> Iterator[tuple[int, int | None]]:
+def _spans(wanted: str | int | Sequence[int]) -> Iterator[tuple[int, int | None]]:
     """The first and the last number of each part; None: to the end."""
-    parts = wanted.split(",") if isinstance(wanted, str) else wanted
-    if not len(parts) or len(parts) > _MOST_PARTS:
+    parts = wanted.split(",") if isinstance(wanted, str) else [wanted] if isinstance(wanted, int) else wanted
+    if not isinstance(parts, Sequence) or isinstance(parts, bytes | bytearray) or not 0 < len(parts) <= _MOST_PARTS:
         raise _senseless(wanted)
     for part in parts:
         if isinstance(part, int) and not isinstance(part, bool):
