@@ -4,8 +4,8 @@
     python benchmarks/tower.py /data/random-4.0 benchmarks/results/tower-minicpmv4_0.json
 
 One slice of 448 x 448 pixels (1,024 patches), in each round of another drawn picture that calibrated nothing. The ceiling is
-the time that the tower's products would take at the speed of one large 8-bit product (torch's), its attention at that of a
-float one; nothing else is counted.
+the time that the tower's products would take at the speed of one large 8-bit product, its attention at that of a float one;
+nothing else is counted.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from full_size import _cpu
+from peers.limits import machine_limits
 from PIL import Image
 from torch import nn
 
@@ -42,19 +42,10 @@ from mcv_runtime.pictures.picture import slice_picture
 from mcv_runtime.sessions.graphs import Session, cpu_session, session_options
 from mcv_runtime.vision.tower import Tower
 
+PATCHES = 1024
 SEED = 3
 """Of the drawn pictures: others than those that calibrate."""
 PRECISIONS: tuple[Precision, ...] = ("fp32", "q8", "int8-dynamic", "int8-static", "int8-token")
-
-
-def gops(run: Callable[[], object], operations: float, seconds: float = 2.0) -> float:
-    """The best speed of a product within so many seconds."""
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return operations / best / 1e9
 
 
 def operation_counts(tower: nn.Module, rows: int) -> tuple[float, float]:
@@ -123,16 +114,9 @@ def main() -> None:
                 if number:  # the first round warms up
                     times[precision].append(time.perf_counter() - start)
                 hidden[precision].append(np.array(made).ravel())
-    rows, width, ffn = 1024, 1152, 4304
-    a, b = torch.randn(rows, width), torch.randn(width, ffn)
-    i, j = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((rows, width), (width, ffn)))
-    operations = 2 * rows * width * ffn
-    speeds = {
-        "float": gops(lambda: a @ b, operations),
-        "int8": gops(lambda: torch._int_mm(i, j), operations),
-    }
-    linear, attention = operation_counts(graph.module(), rows)
-    ceiling = linear / speeds["int8"] / 1e9 + attention / speeds["float"] / 1e9
+    limits = machine_limits(arguments.threads)
+    linear, attention = operation_counts(graph.module(), PATCHES)
+    ceiling = linear / limits["int8_gops"] / 1e9 + attention / limits["fp32_gops"] / 1e9
     medians = {precision: statistics.median(values) for precision, values in times.items()}
     flat = {precision: np.concatenate(found) for precision, found in hidden.items()}
     reference = flat["fp32"]
@@ -140,7 +124,7 @@ def main() -> None:
         "tower": f"{graph.name} of {arguments.checkpoint.name}, random weights",
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": arguments.threads, "note": arguments.note},
         "versions": {name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "minicpmv-onnx")},
-        "gemm_gops": {name: round(speed) for name, speed in speeds.items()},
+        "limits": limits,
         "ceiling_s": round(ceiling, 3),
         "precisions": {
             precision: {

@@ -21,8 +21,9 @@ ROWS, WIDTH, OUT = 1024, 1152, 4304
 BYTES = 1 << 30
 
 
-def main() -> None:
-    torch.set_num_threads(int(sys.argv[1]))
+def machine_limits(threads: int) -> dict[str, float | None]:
+    """GB and billions of operations a second; None where there are no instructions for it."""
+    torch.set_num_threads(threads)
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     operations = 2 * ROWS * WIDTH * OUT
     a, b = torch.randn(ROWS, WIDTH), torch.randn(WIDTH, OUT)
@@ -31,7 +32,7 @@ def main() -> None:
     limits: dict[str, float | None] = {
         "read_gb_per_s": round(BYTES / _best(read.sum) / 1e9, 1),
         "fp32_gops": round(operations / _best(lambda: a @ b) / 1e9),
-        "int8_gops": round(operations / _best(_int8_product(int(sys.argv[1]))) / 1e9),
+        "int8_gops": round(operations / _best(_int8_product(threads)) / 1e9),
         "bf16_gops": None,
     }
     if "avx512_bf16" in flags or "amx_bf16" in flags:
@@ -40,7 +41,7 @@ def main() -> None:
         i, j = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((ROWS, WIDTH), (WIDTH, OUT)))
         by_torch = round(operations / _best(lambda: torch._int_mm(i, j)) / 1e9)
         limits["int8_gops"] = max(limits["int8_gops"] or 0, by_torch)
-    print(json.dumps(limits))
+    return limits
 
 
 def _int8_product(threads: int) -> Callable[[], object]:
@@ -69,4 +70,4 @@ def _best(run: Callable[[], object], seconds: float = 1.5) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(machine_limits(int(sys.argv[1]))))
