@@ -22,8 +22,8 @@ DEFAULT: dict[GraphName, Precision] = {
 _DEFAULT_LAYERS: Mapping[GraphName, Mapping[str, Precision]] = {
     "resampler": dict.fromkeys(("v_proj", "out_proj", "proj"), "q8"),
 }
-"""What differs in a graph whose precision nobody named. What visual tokens are sums of makes nearly half of their error in 8-bit
-products; in blocks it takes a fiftieth of a tower's time more."""
+"""What differs in a graph whose precision nobody named. In 8-bit products, what visual tokens are sums of makes nearly half of
+their error; in blocks it takes a fiftieth of a tower's time more."""
 _FOR_DECODERS: frozenset[Precision] = frozenset(("q4",))
 """Other graphs have these where they are named alone: 4 bits cost a tower a fifth of what it gives, and make it no faster."""
 
