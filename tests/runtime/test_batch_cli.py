@@ -202,6 +202,20 @@ def test_rows_in_another_order_are_not_asked_again_and_nothing_vanishes_unsaid(e
     assert (run(*"ea"), engine.asked) == ([*"ea"], 5)
 
 
+def test_many_that_were_edited_here_and_there_cost_no_others(engine, folder, monkeypatch):
+    """More in all than are looked among, but fewer in a row."""
+    monkeypatch.setattr("mcv_runtime.batch.answers._WINDOW", 4)
+
+    def run(ids):
+        put(folder / "in.jsonl", [{"id": one, "image": "pictures/a.png", "prompt": f"{TEXT} {one}"} for one in ids])
+        answer_batch(engine, folder / "in.jsonl", folder / "out.jsonl", DEFAULTS, notices=io.StringIO())
+        assert [json.loads(line)["id"] for line in (folder / "out.jsonl").read_text().splitlines()] == ids
+
+    run(list(range(24)))
+    run([at for at in range(24) if at % 4 == 3])
+    assert engine.asked == 24
+
+
 def test_what_could_be_read_of_a_damaged_source_is_answered(engine, folder):
     with tarfile.open(folder / "rows.tar", "w") as tar:
         for at in range(12):

@@ -22,7 +22,7 @@ from mcv_runtime.locks import try_lock
 from mcv_runtime.writing import sync
 
 _WINDOW = 1000
-"""Finished rows among which the next is looked for: as many may have been deleted or edited in a row."""
+"""Finished rows among which the next is looked for: as many may have been deleted or edited in a row, or moved ahead."""
 
 
 class BatchOutput:
@@ -58,6 +58,7 @@ class BatchOutput:
         self._end = 0
         self._rest: Iterator[dict[str, Any]] = iter(())
         self._window: deque[dict[str, Any]] = deque()
+        self._passed: deque[dict[str, Any]] = deque()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -110,18 +111,30 @@ class BatchOutput:
 
     def earlier(self, row: BatchRow) -> dict[str, Any] | None:
         """The answer to the same request from an earlier run, once."""
-        while True:
-            while len(self._window) < _WINDOW and (line := next(self._rest, None)) is not None:
-                self._window.append(line)
-            for place, there in enumerate(self._window):
-                if there["request"] == row.digest:
-                    del self._window[place]  # those before it may belong to rows that come later
-                    self.kept += 1
-                    return {**there, "row": row.number}
+        while len(self._window) < _WINDOW and (line := next(self._rest, None)) is not None:
+            self._window.append(line)
+        found: dict[str, Any] | None
+        place = next((place for place, there in enumerate(self._window) if there["request"] == row.digest), None)
+        if place is not None:
+            for _ in range(place):
+                self._pass_over()
+            found = self._window.popleft()
+        else:
             if len(self._window) == _WINDOW:  # make room, or what is behind is never found
-                self._window.popleft()
-                self.dropped += 1
-            return None
+                self._pass_over()
+            found = next((there for there in self._passed if there["request"] == row.digest), None)
+            if found is None:
+                return None
+            self._passed.remove(found)
+        self.kept += 1
+        return {**found, "row": row.number}
+
+    def _pass_over(self) -> None:
+        """The next one is not asked for now: it may belong to a row that comes later."""
+        self._passed.append(self._window.popleft())
+        if len(self._passed) > _WINDOW:
+            self._passed.popleft()
+            self.dropped += 1
 
     def write(self, answer: dict[str, Any]) -> None:
         """Write the next row's answer; when this returns, it outlives this process, and `finish` has it outlive the system."""
@@ -135,7 +148,7 @@ class BatchOutput:
         """All rows are written."""
         try:
             sync(self._file)
-            self.dropped += len(self._window) + sum(1 for _ in self._rest)
+            self.dropped += len(self._passed) + len(self._window) + sum(1 for _ in self._rest)
             self._rest_path.unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritable(error) from None

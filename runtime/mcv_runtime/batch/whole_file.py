@@ -33,6 +33,6 @@ def is_there(path: Path) -> bool:
     except FileNotFoundError:
         return False
     if not stat.S_ISREG(mode):
-        advice = "name a file in it" if stat.S_ISDIR(mode) else "name another file for the answers"
-        raise OutputError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no plain file'}; {advice}")
+        said = "a folder; name a file in it" if stat.S_ISDIR(mode) else "no plain file; name another for the answers"
+        raise OutputError(f"{path} is {said}")
     return True

@@ -81,10 +81,13 @@ class _Layout:
 
     def has_pixels_of(self, directory: _Directory) -> bool:
         """Whether all that holds its pixels lies in the file; else what `rewritten` adds would be read in the place of them."""
-        for offsets, sizes in ((_STRIPS, _STRIP_SIZES), (_TILES, _TILE_SIZES)):
-            ends = map(sum, zip(self._all(directory, offsets), self._all(directory, sizes), strict=False))
-            if max(ends, default=0) > len(self.data):
-                return False
+        try:
+            for offsets, sizes in ((_STRIPS, _STRIP_SIZES), (_TILES, _TILE_SIZES)):
+                ends = map(sum, zip(self._all(directory, offsets), self._all(directory, sizes), strict=False))
+                if max(ends, default=0) > len(self.data):
+                    return False
+        except (struct.error, OverflowError):
+            return False
         return True
 
     def _all(self, directory: _Directory, tag: int) -> tuple[int, ...]:
@@ -126,7 +129,7 @@ def bare_tiff(data: bytes, name: str, max_pixels: int, page: int | None = None) 
     chosen = next(iter((*whole[page or 0 :], *(one for one in inner if one.is_picture))), pages[0])
     if chosen.number(_TILE_WIDTH) * chosen.number(_TILE_HEIGHT) > max(max_pixels, 1 << 20):
         raise ImageError(f"{name} is too large: one of its tiles alone has more than {max_pixels:,} pixels")
-    if not _is_whole(layout, chosen):
+    if not layout.has_pixels_of(chosen):
         raise ImageError(f"{name} cannot be decoded: the TIFF file is cut off or damaged")
     turned = chosen.number(_ORIENTATION)
     if turned not in range(1, 9):
@@ -141,13 +144,6 @@ def count_pages(data: bytes) -> int:
     """
     pages, _, is_cut = _directories(_layout(data), _MOST_PAGES)
     return max(sum(page.is_picture for page in pages), 1) + is_cut
-
-
-def _is_whole(layout: _Layout, directory: _Directory) -> bool:
-    try:
-        return layout.has_pixels_of(directory)
-    except (struct.error, OverflowError):
-        return False
 
 
 def _layout(data: bytes) -> _Layout:
