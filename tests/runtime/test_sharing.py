@@ -7,6 +7,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 
@@ -60,6 +61,7 @@ def test_what_was_interrupted_goes_on_as_if_nothing_had_been(hybrid, options, wh
     requests = [
         Request(None, "one two three, what is this", options=Options(max_new_tokens=12, **options)),
         Request(None, "hi", options=Options(max_new_tokens=12)),
+        Request(np.full((40, 40, 3), 200, np.uint8), "hi", options=Options(max_new_tokens=12)),
     ]
     wanted = [texts(engine.submit(request).result()) for request in requests]
     interrupted = 0

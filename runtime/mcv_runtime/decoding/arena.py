@@ -36,11 +36,12 @@ class Arena(Protocol):
     capacity: int
     widest: int
     """Most slots of one run."""
-    turns: NDArray[np.int8]
-    """Which of its two buffers holds a slot's states: a graph may not overwrite what it reads, so they swap with each run."""
 
     def binding(self, session: Session, first: int, end: int) -> Any:
-        """For the slots `first` to `end`, which have the same turn: past and present bound, inputs and logits not."""
+        """For one run of the slots `first` to `end`: past and present bound, inputs and logits not.
+
+        The run writes states over those it reads: until it has ended, and where it fails, they are of no use.
+        """
         ...
 
     def copy(self, source: int, target: int, start: int, length: int) -> int:
@@ -78,21 +79,24 @@ def token_bytes(entries: Sequence[CacheEntry]) -> int:
 
 
 def state_bytes(entries: Sequence[CacheEntry]) -> int:
-    """Bytes of a sequence's states of fixed size, once."""
+    """Bytes of a sequence's states of fixed size."""
     return sum(_bytes(entry) for entry in entries if not entry.grows)
 
 
 class HostArena:
-    """An arena in the machine's memory, of which only what was written to takes any."""
+    """An arena in the machine's memory, of which only what was written to takes any.
+
+    Keys, values and states are written where they are read. ONNX Runtime's operators for the CPU allow it: attention appends,
+    and a gated delta net would else copy its state in one thread before it updates the copy, which takes twice as long as that.
+    """
 
     widest = 1 << 30
 
     def __init__(self, entries: Sequence[CacheEntry], slots: int, capacity: int) -> None:
         self.entries, self.slots, self.capacity = entries, slots, capacity
-        self.turns = np.zeros(slots, np.int8)
         self._session: Session | None = None
-        self._bindings: OrderedDict[tuple[int, int, int], Any] = OrderedDict()
-        self._buffers = [[_Reserved(_shape(entry, slots, capacity), entry.dtype) for _ in _copies(entry)] for entry in entries]
+        self._bindings: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._buffers = [_Reserved(_shape(entry, slots, capacity), entry.dtype) for entry in entries]
 
     def binding(self, session: Session, first: int, end: int) -> Any:
         import onnxruntime as ort
@@ -100,19 +104,16 @@ class HostArena:
         if session is not self._session:  # another one was opened since
             self.unbind()
             self._session = session
-        turn = int(self.turns[first])
-        key = (first, end, turn)
-        if key in self._bindings:
-            self._bindings.move_to_end(key)
-            return self._bindings[key]
+        if (first, end) in self._bindings:
+            self._bindings.move_to_end((first, end))
+            return self._bindings[first, end]
         binding = session.io_binding()
         binding.bind_output(RESULT, "cpu")  # first, so that it is output 0
-        for entry, buffers in zip(self.entries, self._buffers, strict=True):
-            past = ort.OrtValue.ortvalue_from_numpy(buffers[0 if entry.grows else turn].array[first:end])
-            present = past if entry.grows else ort.OrtValue.ortvalue_from_numpy(buffers[1 - turn].array[first:end])
-            binding.bind_ortvalue_input(entry.input, past)
-            binding.bind_ortvalue_output(entry.output, present)
-        self._bindings[key] = binding
+        for entry, buffer in zip(self.entries, self._buffers, strict=True):
+            value = ort.OrtValue.ortvalue_from_numpy(buffer.array[first:end])
+            binding.bind_ortvalue_input(entry.input, value)
+            binding.bind_ortvalue_output(entry.output, value)
+        self._bindings[first, end] = binding
         if len(self._bindings) > _BINDINGS:
             self._bindings.popitem(last=False)
         return binding
@@ -137,9 +138,8 @@ class HostArena:
                 self._view(slot, entry, 0, 0)[...] = 0
 
     def release(self, slot: int) -> None:
-        for buffers in self._buffers:
-            for buffer in buffers:
-                buffer.release(slot)
+        for buffer in self._buffers:
+            buffer.release(slot)
 
     def unbind(self) -> None:
         self._bindings.clear()
@@ -148,22 +148,18 @@ class HostArena:
     def resize(self, slots: int, capacity: int, lengths: Mapping[int, int]) -> int:
         self._bindings.clear()
         copied = 0
-        for entry, buffers in zip(self.entries, self._buffers, strict=True):  # one by one, so that no two of all are there
-            for number, old in enumerate(buffers):
-                new = _Reserved(_shape(entry, slots, capacity), entry.dtype)
-                for slot, length in lengths.items():
-                    if entry.grows or number == self.turns[slot]:
-                        part = _part(entry, 0, length) if entry.grows else ...
-                        new.array[slot][part] = old.array[slot][part]
-                        copied += new.array[slot][part].nbytes
-                buffers[number] = new
-        self.turns = np.concatenate((self.turns, np.zeros(slots - self.slots, np.int8)))
+        for number, entry in enumerate(self.entries):  # one by one, so that no two of all are there
+            new = _Reserved(_shape(entry, slots, capacity), entry.dtype)
+            for slot, length in lengths.items():
+                part = _part(entry, 0, length) if entry.grows else ...
+                new.array[slot][part] = self._buffers[number].array[slot][part]
+                copied += new.array[slot][part].nbytes
+            self._buffers[number] = new
         self.slots, self.capacity = slots, capacity
         return copied
 
     def _view(self, slot: int, entry: CacheEntry, start: int, end: int) -> NDArray[Any]:
-        buffers = self._buffers[self.entries.index(entry)]
-        row: NDArray[Any] = buffers[0 if entry.grows else self.turns[slot]].array[slot]
+        row: NDArray[Any] = self._buffers[self.entries.index(entry)].array[slot]
         return row[_part(entry, start, end)] if entry.grows else row
 
 
@@ -195,14 +191,15 @@ class DeviceArena:
     """An arena in the memory of an execution provider's device, where a sequence is bound once and stays.
 
     ONNX Runtime's values on a device cannot be cut, so every slot has tensors of its own, sequences run one by one, and what
-    is copied goes through the machine's memory.
+    is copied goes through the machine's memory. States have two buffers, which swap with each run: not all of a device's
+    operators write where they read.
     """
 
     widest = 1
 
     def __init__(self, entries: Sequence[CacheEntry], slots: int, capacity: int, device: str, device_id: int = 0) -> None:
         self.entries, self.slots, self.capacity = entries, slots, capacity
-        self.turns = np.zeros(slots, np.int8)
+        self._turns = [0] * slots
         self._device = (device, device_id)
         self._values: list[list[list[Any]] | None] = [None] * slots
         self._session: Session | None = None
@@ -213,7 +210,7 @@ class DeviceArena:
         if session is not self._session:
             self.unbind()
             self._session = session
-        turn = int(self.turns[first])
+        turn = self._turns[first]
         if (first, turn) not in self._bindings:
             binding = session.io_binding()
             binding.bind_output(RESULT, "cpu")
@@ -221,6 +218,7 @@ class DeviceArena:
                 binding.bind_ortvalue_input(entry.input, values[0 if entry.grows else turn])
                 binding.bind_ortvalue_output(entry.output, values[0 if entry.grows else 1 - turn])
             self._bindings[first, turn] = binding
+        self._turns[first] = 1 - turn
         return self._bindings[first, turn]
 
     def copy(self, source: int, target: int, start: int, length: int) -> int:
@@ -258,7 +256,7 @@ class DeviceArena:
     def resize(self, slots: int, capacity: int, lengths: Mapping[int, int]) -> int:
         kept = {slot: [self.read(slot, entry, length) for entry in self.entries] for slot, length in lengths.items()}
         self._bindings.clear()
-        self.turns = np.concatenate((self.turns, np.zeros(slots - self.slots, np.int8)))
+        self._turns = [0] * slots
         self.slots, self.capacity, self._values = slots, capacity, [None] * slots
         for slot, tensors in kept.items():
             for entry, values in zip(self.entries, tensors, strict=True):
@@ -266,12 +264,12 @@ class DeviceArena:
         return sum(values.nbytes for tensors in kept.values() for values in tensors)
 
     def _value(self, slot: int, entry: CacheEntry) -> Any:
-        return self._slot(slot)[self.entries.index(entry)][0 if entry.grows else self.turns[slot]]
+        return self._slot(slot)[self.entries.index(entry)][0 if entry.grows else self._turns[slot]]
 
     def _slot(self, slot: int) -> list[list[Any]]:
         values = self._values[slot]
         if values is None:
-            values = [[self._new(entry) for _ in _copies(entry)] for entry in self.entries]
+            values = [[self._new(entry) for _ in range(1 if entry.grows else 2)] for entry in self.entries]
             self._values[slot] = values
         return values
 
@@ -289,11 +287,6 @@ ArenaFactory: TypeAlias = Callable[[Sequence[CacheEntry], int, int], Arena]
 def _shape(entry: CacheEntry, slots: int, capacity: int) -> list[int]:
     axes = {"batch": slots, "cache_length": capacity}
     return [axes[axis] if isinstance(axis, str) else axis for axis in entry.shape]
-
-
-def _copies(entry: CacheEntry) -> range:
-    """A state of fixed size has two, that swap: a graph may not overwrite what it reads."""
-    return range(1 if entry.grows else 2)
 
 
 def _bytes(entry: CacheEntry) -> int:

@@ -111,7 +111,7 @@ class Decoder:
         vision_positions: NDArray[np.int64],
         logit_positions: Sequence[int],
     ) -> NDArray[np.float32]:
-        """ids [rows, T], positions [rows, T] or [3, rows, T]; what it raises has changed nothing."""
+        """ids [rows, T], positions [rows, T] or [3, rows, T]; where it raises, rows may be broken."""
         totals = np.array([row.length for row in rows], np.int64) + ids.shape[1]
         total, capacity = int(totals.max()), slots.arena.capacity
         if total > capacity:
@@ -127,6 +127,7 @@ class Decoder:
         }
         session, first = self._session(self._graph), rows[0].slot
         assert first is not None
+        slots.runs(rows)
         binding = slots.arena.binding(session, first, first + len(rows))
         for name, value in feed(self._fed, values).items():
             binding.bind_cpu_input(name, value)

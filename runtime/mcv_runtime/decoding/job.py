@@ -65,8 +65,6 @@ class Job:
     reused: int = 0
     deciding: Steps | None = None
     want: Want | None = None
-    again: list[int] = field(default_factory=list)
-    """Tokens that must be read once more before those that are wanted."""
     got: NDArray[np.float32] | None = None
     """Logits that `deciding` has not been sent yet."""
     slices_left: int = 0

@@ -1,4 +1,4 @@
-"""Bring rows that run together into slots side by side, and their states into the same buffer, with the least copying."""
+"""Bring rows that run together into slots side by side, with the least copying."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mcv_runtime.decoding.row import Row
 
 def side_by_side(arena: Arena, rows: Sequence[Row], running: Sequence[Row]) -> tuple[list[Row], int]:
     """Those `running` of all `rows`, ordered by slot, as one range of them; and the bytes that were copied for it."""
-    copied = _gather(arena, rows, running) + _align(arena, running)
+    copied = _gather(arena, rows, running)
     return sorted(running, key=lambda row: row.slot or 0), copied
 
 
@@ -38,7 +38,6 @@ def _swap(arena: Arena, row: Row, slot: int, other: Row | None) -> int:
     assert row.slot is not None
     old, before = row.slot, 0 if other is None else other.touched
     aside = [] if other is None else [(entry, arena.read(slot, entry, other.length)) for entry in arena.entries]
-    arena.turns[slot] = arena.turns[old]
     copied = arena.copy(old, slot, 0, row.length)
     arena.release(old)
     row.slot, row.touched = slot, max(row.length, before)
@@ -47,22 +46,4 @@ def _swap(arena: Arena, row: Row, slot: int, other: Row | None) -> int:
         for entry, values in aside:
             arena.write(old, entry, values, other.length)
             copied += values.nbytes
-    return copied
-
-
-def _align(arena: Arena, running: Sequence[Row]) -> int:
-    """Bring the states of all rows into the same buffer: those of the fewest move."""
-    fixed = [entry for entry in arena.entries if not entry.grows]
-    if not fixed:
-        return 0
-    turns, copied = arena.turns, 0
-    turn = int(2 * sum(int(turns[row.slot]) for row in running) > len(running))
-    for row in running:
-        assert row.slot is not None
-        if turns[row.slot] != turn:
-            states = [arena.read(row.slot, entry, row.length) for entry in fixed]
-            turns[row.slot] = turn
-            for entry, state in zip(fixed, states, strict=True):
-                arena.write(row.slot, entry, state, row.length)
-                copied += state.nbytes
     return copied

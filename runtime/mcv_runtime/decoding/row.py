@@ -41,8 +41,14 @@ class Row:
     """Most tokens that its slot has held: what takes memory."""
     before: int = 0
     """Its length before the last run."""
+    broken: bool = False
+    """A run of it began, and is not known to have ended well."""
+    again: list[int] = field(default_factory=list)
+    """Tokens that must be read once more before any others, as its states went back to before them."""
     checkpoints: dict[int, States] = field(default_factory=dict)
     """States of fixed size after so many tokens, where the decoder has such: other lengths cannot be gone back to."""
+    passing: int | None = None
+    """Which of these is for the next run only."""
     used: int = 0
     """When it was used last: the lower, the longer ago."""
     kept: bool = False

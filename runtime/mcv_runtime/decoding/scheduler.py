@@ -95,6 +95,8 @@ class Scheduler:
     def _work(self) -> Sequence[Job]:
         """Those for whom it did something."""
         self._deliver()  # what an interrupt may have kept from being delivered
+        for row in self.slots.rows:
+            self.slots.mend(row)
         self._sweep()
         self._activate()
         running = [job for job in self._active if job.decoding]
@@ -176,7 +178,8 @@ class Scheduler:
             if job.lookup is not None and not job.done:
                 start = time.perf_counter()
                 try:
-                    job.got = read_alone(self.slots, self.decoder, job)
+                    assert job.want is not None
+                    job.got = read_alone(self.slots, self.decoder, job.rows[0], job.want.tokens[0])
                 except Exception as error:
                     self._fail(job, error)
                 job.took("decode", time.perf_counter() - start)
@@ -208,7 +211,7 @@ class Scheduler:
                 job.note_token()
             job.want = job.deciding.send(got)
             if job.want.vain:
-                job.again = self.slots.undo(job.rows[0], job.want.vain)
+                self.slots.undo(job.rows[0], job.want.vain)
             job.sent += 1
             job.report("answer", max(job.sent, job.emitted), 0)
         except StopIteration as end:
@@ -295,6 +298,7 @@ class Scheduler:
         if not job.rows and not self._begin_reading(job):
             return False
         (row,) = job.rows
+        row.again = []  # which is part of the prompt
         assert job.keys is not None and job.embeds is not None
         prompt, first = job.prompt, row.length
         stop = next(stop for stop in job.stops if stop > first)

@@ -71,7 +71,7 @@ class Slots:
 
     def need(self, tokens: int) -> int:
         """Bytes of a row of so many tokens."""
-        return tokens * self._token_bytes + 2 * self._state_bytes
+        return tokens * self._token_bytes + self._state_bytes
 
     def admit(self, keys: NDArray[np.int64], tokens: int, rows: int, own: Row | None = None) -> Row | None:
         """A row with the longest known beginning of `keys`, and room for `rows` of up to `tokens`; None: not now.
@@ -112,33 +112,38 @@ class Slots:
 
     def rewind(self, row: Row, length: int) -> None:
         """Forget all but the first `length` tokens of a row, where it can be gone back to."""
-        if length < row.length and not self.rewindable:
+        if not self.rewindable and (length < row.length or row.broken):
             assert row.slot is not None
-            for entry, state in zip(self._fixed, row.checkpoints[length], strict=True):
-                self.arena.write(row.slot, entry, state, length)
+            if length:
+                self._write_states(row.slot, row.checkpoints[length])
+            else:
+                self.arena.clear(row.slot)
         row.keys = row.keys[:, :length]
         row.checkpoints = {at: states for at, states in row.checkpoints.items() if at <= length}
+        row.broken = False
 
-    def undo(self, row: Row, tokens: int) -> list[int]:
-        """Forget the last `tokens` of the last run; ids of those that must be read again, as states go back to before it.
-
-        Only directly after that run: what its states were before is kept no longer.
-        """
-        assert row.slot is not None
+    def undo(self, row: Row, tokens: int) -> None:
+        """Forget the last `tokens`; others of which the states must be made once more are its `again` from then on."""
         length = row.length - tokens
-        if self.rewindable:
-            row.keys = row.keys[:, :length]
-            return []
-        again: list[int] = row.keys[0, row.before : length].tolist()
-        self.arena.turns[row.slot] ^= 1
-        row.keys = row.keys[:, : row.before]
-        return again
+        point = length if self.rewindable else max((at for at in row.checkpoints if at <= length), default=0)
+        row.again = [*row.keys[0, point:length].tolist(), *row.again]
+        self.rewind(row, point)
 
-    def checkpoint(self, row: Row) -> None:
-        """Make the present length one that can be gone back to."""
+    def mend(self, row: Row) -> None:
+        """Make a row that a failed or interrupted run has left broken what it was before."""
+        if row.broken:
+            self.undo(row, row.length - row.before)
+
+    def checkpoint(self, row: Row, *, passing: bool = False) -> None:
+        """Make the present length one that can be gone back to: a `passing` one until the next such, or until it is kept."""
         assert row.slot is not None
-        if not self.rewindable and self._make_room(self._state_bytes):
-            row.checkpoints[row.length] = tuple(self.arena.read(row.slot, entry, row.length) for entry in self._fixed)
+        if self.rewindable or row.length in row.checkpoints:
+            return
+        self._forget_passing(row)
+        if not self._make_room(self._state_bytes):
+            return
+        row.checkpoints[row.length] = tuple(self.arena.read(row.slot, entry, row.length) for entry in self._fixed)
+        row.passing = row.length if passing else None
 
     def fork(self, row: Row, tokens: int) -> Row:
         """Another row with the same tokens; there must be room, as `admit` made."""
@@ -154,19 +159,25 @@ class Slots:
         row.keys = by.keys.copy()
         row.touched = max(row.touched, row.length)
 
+    def runs(self, rows: Iterable[Row]) -> None:
+        """A run of these begins; until `ran` they are broken."""
+        for row in rows:
+            row.before, row.broken = row.length, True
+
     def ran(self, row: Row, keys: NDArray[np.int64]) -> None:
         """A run has read these."""
-        assert row.slot is not None
-        row.before = row.length
         row.keys = np.concatenate((row.keys, keys), axis=1)
         row.touched = max(row.touched, row.length)
-        if not self.rewindable:
-            self.arena.turns[row.slot] ^= 1
+        row.again = []
+        row.broken = False
 
     def keep(self, row: Row) -> None:
         """Nobody uses a row any more: it stays for later requests, as long as there is room."""
         if row.slot is None:
             return
+        self.mend(row)
+        self._forget_passing(row)
+        row.again = []
         if not row.length or not self.keep_limit:
             self.drop(row)
             return
@@ -244,6 +255,11 @@ class Slots:
         self.keep(row)
         return row
 
+    def _forget_passing(self, row: Row) -> None:
+        if row.passing is not None:
+            row.checkpoints.pop(row.passing, None)
+            row.passing = None
+
     def _longest(self, keys: NDArray[np.int64]) -> tuple[Row | None, int]:
         if not self.keep_limit:
             return None, 0
@@ -315,8 +331,11 @@ class Slots:
         target.touched = length
         target.checkpoints = {at: states for at, states in source.checkpoints.items() if at <= length}
         if not self.rewindable and length < source.length:
-            for entry, state in zip(self._fixed, source.checkpoints[length], strict=True):
-                self.arena.write(target.slot, entry, state, length)
+            self._write_states(target.slot, source.checkpoints[length])
+
+    def _write_states(self, slot: int, states: States) -> None:
+        for entry, state in zip(self._fixed, states, strict=True):
+            self.arena.write(slot, entry, state, 0)
 
 
 def _check(entry: CacheEntry, values: NDArray[Any], length: int) -> None:

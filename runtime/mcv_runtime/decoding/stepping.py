@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,7 @@ from mcv_runtime.decoding.decoder import Decoder
 from mcv_runtime.decoding.job import Job
 from mcv_runtime.decoding.row import Row
 from mcv_runtime.decoding.slots import Slots
+from mcv_runtime.errors import RunError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,20 +20,26 @@ if TYPE_CHECKING:
 def step(slots: Slots, decoder: Decoder, tokens: Mapping[Row, int]) -> dict[Row, NDArray[np.float32] | Exception]:
     """Logits [vocab] behind the next token of every row; where rows cannot run together, each fails by itself."""
     found: dict[Row, NDArray[np.float32] | Exception] = {}
+    alone = [row for row in tokens if row.again]
+    together = [row for row in tokens if not row.again]
     try:
         try:
-            groups = slots.ranges(tokens) if tokens else []
+            groups = slots.ranges(together) if together else []
         except Exception:  # no memory to bring them side by side
-            groups = [[row] for row in tokens]
+            groups, alone = [], list(tokens)
         for rows in groups:
             try:
                 found |= zip(rows, decoder.step(slots, rows, [tokens[row] for row in rows]), strict=True)
             except Exception as error:
-                for row in rows:
-                    try:
-                        found[row] = error if len(rows) == 1 else decoder.step(slots, [row], [tokens[row]])[0]
-                    except Exception as own:
-                        found[row] = own
+                if len(rows) == 1:
+                    found[rows[0]] = error
+                else:
+                    alone += rows
+        for row in alone:
+            try:
+                found[row] = read_alone(slots, decoder, row, [tokens[row]])[0]
+            except Exception as error:
+                found[row] = error
     except BaseException:  # an interrupt, after which all is read again
         for row in [row for row, one in found.items() if not isinstance(one, Exception)]:
             slots.undo(row, 1)
@@ -40,16 +47,17 @@ def step(slots: Slots, decoder: Decoder, tokens: Mapping[Row, int]) -> dict[Row,
     return found
 
 
-def read_alone(slots: Slots, decoder: Decoder, job: Job) -> NDArray[np.float32]:
-    """Read several tokens of a job's only row; logits [tokens, vocab] of what follows each."""
-    assert job.want is not None
-    wanted, again = list(job.want.tokens[0]), job.again
-    if not wanted and not again:
+def read_alone(slots: Slots, decoder: Decoder, row: Row, tokens: Sequence[int]) -> NDArray[np.float32]:
+    """Read several tokens of a row, behind those that must be read again; logits [tokens, vocab] of what follows each."""
+    slots.mend(row)
+    again = row.again
+    if min(again, default=0) < 0:
+        raise RunError("what it has seen in pictures was lost when a run failed or was interrupted; ask again")
+    if not tokens and not again:
         return np.empty((0, 0), np.float32)
-    places = range(len(again), len(again) + len(wanted))
-    logits = decoder.read(slots, job.rows[0], [*again, *wanted], wanted=places)
-    job.again = []
-    return logits
+    if len(tokens) > 1:
+        slots.checkpoint(row, passing=True)  # some of them may be taken back
+    return decoder.read(slots, row, [*again, *tokens], wanted=range(len(again), len(again) + len(tokens)))
 
 
 def arrange(slots: Slots, job: Job) -> None:
